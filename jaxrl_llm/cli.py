@@ -1,0 +1,86 @@
+"""The command line: `jaxrl-llm <recipe> --options`.
+
+The options of a command are the fields of the recipe's `Config`. Nothing heavy is imported before a recipe is chosen, and
+XLA's flags are set before jax is.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxrl_llm import __version__, xla_cpu
+
+COMMANDS = {
+    "quickstart": (
+        "jaxrl_llm.recipes.quickstart",
+        "the main job: SFT, then GRPO on sums, then PPO on CartPole; 5 minutes",
+    ),
+    "sft": ("jaxrl_llm.recipes.text.sft", "supervised fine-tuning on instructions, chats or text"),
+    "dpo": ("jaxrl_llm.recipes.text.dpo", "Direct Preference Optimization on pairs of responses"),
+    "grpo": ("jaxrl_llm.recipes.text.grpo", "reinforcement learning with rewards, relative to a group of completions"),
+    "generate": ("jaxrl_llm.recipes.text.generate", "complete prompts with a saved model"),
+    "control ppo": ("jaxrl_llm.recipes.control.ppo", "proximal policy optimization on a gymnax environment"),
+}
+"""Each command, the module that has its `Config` and `run`, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command; the entry point of the `jaxrl-llm` script.
+
+    Args:
+        arguments: The words after the program's name; those of the process if not given.
+    """
+    xla_cpu.set_flag()
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["--version"]:
+        print(f"jaxrl-llm {__version__}")
+        return
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return
+    name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+    if name is None:
+        sys.exit(_unknown(words))
+    _run(name, words[len(name.split()) :])
+
+
+def _run(name: str, options: list[str]) -> None:
+    import tyro
+
+    module = importlib.import_module(COMMANDS[name][0])
+    config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=module.__doc__, args=options)
+    try:
+        module.run(config)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if os.environ.get("JAXRL_LLM_TRACEBACK"):
+            raise
+        sys.exit(f"jaxrl-llm {name}: {error}\n(JAXRL_LLM_TRACEBACK=1 shows where.)")
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{meaning}" for name, (_, meaning) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: jaxrl-llm COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "jaxrl-llm COMMAND --help lists the options of a command.",
+        ]
+    )
+
+
+def _unknown(words: list[str]) -> str:
+    import difflib
+
+    asked = " ".join(words[:2] if words[0] == "control" else words[:1])
+    near = difflib.get_close_matches(asked, COMMANDS, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    return f"jaxrl-llm: there is no command {asked!r}.{hint}\n\n{_overview()}"
+
+
+if __name__ == "__main__":
+    main()

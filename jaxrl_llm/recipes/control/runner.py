@@ -1,0 +1,236 @@
+"""A run of a control algorithm on the host: several updates in each compiled call, and between them all the rest.
+
+An algorithm is two pure functions, `init(key, config) -> state` and `update(state, config, key) -> (state, metrics)`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Num
+
+from jaxrl_llm.recipes.control.options import ControlOptions
+from jaxrl_llm.recipes.loop import training_loop
+from jaxrl_llm.recipes.progress import facts, table
+from jaxrl_llm.recipes.report import plot_metrics
+from jaxrl_llm.rollouts.environment import (
+    EnvironmentState,
+    evaluate,
+    greedy_policy,
+    make_environment,
+    mean_over_episodes,
+    stochastic_policy,
+)
+from jaxrl_llm.training import TrainState
+from jaxrl_llm.training.logging import read_metrics
+from jaxrl_llm.types import Key, Metrics
+
+
+class RunnerState(NamedTuple):
+    """All that a run carries from update to update. No key: that of an update follows from the run's and its number.
+
+    Attributes:
+        train: Parameters and state of the optimizer.
+        environments: Where the environments stand.
+        update: Number of updates done.
+    """
+
+    train: TrainState
+    environments: EnvironmentState
+    update: Int[Array, ""]
+
+
+Init: TypeAlias = Callable[[Key, Any], RunnerState]
+"""`init(key, config) -> state`; the key is consumed."""
+
+Update: TypeAlias = Callable[[RunnerState, Any, Key], tuple[RunnerState, Metrics]]
+"""`update(state, config, key) -> (state, metrics)`: collects experience and learns from it. The key, which is of this
+update alone, is consumed."""
+
+
+Curves: TypeAlias = dict[str, Num[Array, "..."]]
+"""Metrics of many updates, which are the last axis."""
+
+
+def split_run_key(key: Key) -> tuple[Key, Key, Key]:
+    """Splits the key of a run into those for the start, the updates and the evaluations."""
+    init_key, update_key, eval_key = jax.random.split(key, 3)
+    return init_key, update_key, eval_key
+
+
+def scan_updates(update: Update, state: RunnerState, config: Any, key: Key, count: int) -> tuple[RunnerState, Curves]:
+    """Does `count` updates in one scan.
+
+    Args:
+        update: Of an algorithm.
+        state: From its `init`, or the updates before.
+        config: Its settings.
+        key: Of all updates of the run: number n uses `fold_in(key, n)`, so that a run may be cut anywhere.
+        count: How many.
+
+    Returns:
+        The new state, and the metrics of each update, `[count]`.
+    """
+
+    def body(state: RunnerState, _: None) -> tuple[RunnerState, Metrics]:
+        return update(state, config, jax.random.fold_in(key, state.update))
+
+    return jax.lax.scan(body, state, length=count)
+
+
+def train(init: Init, update: Update, key: Key, config: Any) -> tuple[RunnerState, Curves]:
+    """Trains from scratch: a pure function of the key and the settings; the caller compiles and vmaps it."""
+    init_key, update_key, _ = split_run_key(key)
+    return scan_updates(update, init(init_key, config), config, update_key, config.num_updates)
+
+
+def join_updates(metrics: Curves) -> Curves:
+    """Joins metrics of many updates, along the last axis, into one number each.
+
+    Means over episodes are weighted by how many episodes ended, `episode/count` is summed, all others are averaged.
+    """
+    counts = metrics["episode/count"]
+    joined = {name: x.mean(-1) for name, x in metrics.items()} | {"episode/count": counts.sum(-1)}
+    for name in ("episode/return_mean", "episode/length_mean"):
+        joined[name] = mean_over_episodes(metrics[name], counts)
+    return joined
+
+
+def run_control(config: ControlOptions, init: Init, update: Update, *, label: str) -> dict[str, Any]:
+    """Trains with progress, metrics, evaluations, checkpoints and resume; draws the learning curve at the end.
+
+    With `num_seeds` above 1, all seeds train in the same compiled call, and metrics are means over them.
+
+    Args:
+        config: Settings, already validated.
+        init: Makes the state before the first update.
+        update: Makes one update.
+        label: Name of the algorithm.
+
+    Returns:
+        Figures of the run: `timesteps` (of each seed), `eval/greedy_return` and `eval/sampled_return` (means over the
+        last evaluation), and, of a complete run, `train/return` (mean over the episodes that ended in the last tenth of
+        the run) and `learning_curve` (a file).
+
+    Raises:
+        ValueError: If a run is resumed with another number of environment steps in each step of the run.
+    """
+    seeds = jnp.arange(config.seed, config.seed + config.num_seeds)
+    init_keys, update_keys, eval_keys = jax.vmap(split_run_key)(jax.vmap(jax.random.key)(seeds))
+    state = jax.jit(jax.vmap(init, in_axes=(0, None)), static_argnums=1)(init_keys, config)
+    evaluations = make_evaluation(config)
+    step = make_step(config, update)
+    facts(f"{label} on {config.env}", _plan(config))
+
+    def report(state: RunnerState) -> dict[str, Any]:
+        return _summary(evaluations(state, eval_keys))
+
+    state, complete = training_loop(
+        config,
+        state,
+        lambda state, index: step(state, index, update_keys),
+        total_steps=-(-config.num_updates // config.updates_per_step),
+        label=label,
+        evaluate=report,
+        show=("timesteps", "episode/return_mean", "eval/greedy_return"),
+    )
+    returns = evaluations(state, eval_keys)
+    figures = {"timesteps": int(state.update[0]) * config.batch_size} | _summary(returns)
+    if complete:
+        figures |= {"train/return": final_return(config), "learning_curve": str(draw_learning_curve(config))}
+        rows = [[int(seed), *(float(returns[name][i].mean()) for name in returns)] for i, seed in enumerate(seeds)]
+        table(f"Mean return of {config.eval_episodes} episodes", ["seed", "greedy", "sampled"], rows)
+        facts("Result", figures)
+    return figures
+
+
+def _plan(config: ControlOptions) -> dict[str, Any]:
+    steps = config.num_updates * config.batch_size
+    left_out = config.total_timesteps - steps
+    return {
+        "environment steps": f"{steps:,} = {config.num_updates:,} updates × {config.num_envs} environments × "
+        f"{config.num_steps} steps" + (f" ({left_out:,} of total_timesteps fill no update)" if left_out else ""),
+        "seeds": ", ".join(str(config.seed + i) for i in range(config.num_seeds)),
+        "folder": config.output_dir,
+    }
+
+
+def make_step(
+    config: ControlOptions, update: Update
+) -> Callable[[RunnerState, int, Key], tuple[RunnerState, dict[str, Any]]]:
+    """Makes `step(states, index, keys) -> (states, metrics)`: `updates_per_step` updates of every seed.
+
+    The last step of a run does what is left: it is compiled again if that is less. The states are donated.
+    """
+
+    @partial(jax.jit, static_argnums=2, donate_argnums=0)
+    def updates(states: RunnerState, keys: Key, count: int) -> tuple[RunnerState, Metrics]:
+        states, metrics = jax.vmap(lambda state, key: scan_updates(update, state, config, key, count))(states, keys)
+        pooled = join_updates({name: x.reshape(-1) for name, x in metrics.items()})
+        if config.num_seeds > 1:
+            for i, mean in enumerate(join_updates(metrics)["episode/return_mean"]):
+                pooled[f"seed_{config.seed + i}/episode/return_mean"] = mean
+        return states, pooled
+
+    def step(states: RunnerState, index: int, keys: Key) -> tuple[RunnerState, dict[str, Any]]:
+        done = index * config.updates_per_step
+        if int(states.update[0]) != done:
+            raise ValueError(
+                f"updates_per_step={config.updates_per_step} is not that of the checkpoint, which holds "
+                f"{states.update[0]} updates after {index} steps. Resume with the settings of its config.json."
+            )
+        count = min(config.updates_per_step, config.num_updates - done)
+        states, metrics = updates(states, keys, count)
+        return states, metrics | {"timesteps": (done + count) * config.batch_size}
+
+    return step
+
+
+def make_evaluation(config: ControlOptions) -> Callable[[RunnerState, Key], dict[str, Array]]:
+    """Makes `evaluate(states, keys) -> {"eval/greedy_return": [seeds, episodes], "eval/sampled_return": …}`.
+
+    Starts and samples depend on the keys and on how far training is, not on how it went.
+    """
+    env, env_params = make_environment(config.env)
+    apply = config.apply()
+    policies = {"eval/greedy_return": greedy_policy(apply), "eval/sampled_return": stochastic_policy(apply)}
+
+    def one_seed(state: RunnerState, key: Key) -> dict[str, Array]:
+        keys = jax.random.split(jax.random.fold_in(key, state.update), len(policies))
+        return {
+            name: evaluate(policy, state.train.params, key, env, env_params, config.eval_episodes)[0]
+            for (name, policy), key in zip(policies.items(), keys, strict=True)
+        }
+
+    return jax.jit(jax.vmap(one_seed))
+
+
+def _summary(returns: dict[str, Array]) -> dict[str, float]:
+    return {name: float(x.mean()) for name, x in returns.items()}
+
+
+def final_return(config: ControlOptions) -> float:
+    """Computes the mean return of the episodes that ended in the last tenth of training, from metrics.jsonl."""
+    steps = config.num_updates * config.batch_size
+    records = [r for r in read_metrics(config.output_dir) if r.get("timesteps", 0) > 0.9 * steps]
+    counts = np.array([record["episode/count"] for record in records])
+    means = np.array([record["episode/return_mean"] for record in records])
+    return float(np.sum(np.where(counts > 0, means * counts, 0)) / np.maximum(counts.sum(), 1))
+
+
+def draw_learning_curve(config: ControlOptions) -> Path:
+    """Draws returns, training and evaluation, into `<output_dir>/learning_curve.png`."""
+    path = Path(config.output_dir) / "learning_curve.png"
+    seeds = [f"seed_{config.seed + i}/episode/return_mean" for i in range(config.num_seeds)]
+    panels = {
+        "Episodes that ended in training (return)": seeds if config.num_seeds > 1 else ["episode/return_mean"],
+        "Evaluation (return)": ["eval/greedy_return", "eval/sampled_return"],
+        "Entropy of the policy (nats)": ["policy/entropy_avg"],
+    }
+    size = config.updates_per_step * config.batch_size
+    plot_metrics(config.output_dir, panels, path, x_label=f"step of the run ({size:,} environment steps each)")
+    return path

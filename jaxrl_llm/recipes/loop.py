@@ -1,0 +1,79 @@
+"""The loop around every training step: progress, metrics, evaluation, checkpoints, Ctrl-C and resume."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich import print as rich_print
+
+from jaxrl_llm.recipes.options import RunOptions
+from jaxrl_llm.recipes.progress import Progress
+from jaxrl_llm.training import checkpoints
+from jaxrl_llm.training.logging import RunLogger, interruptible
+from jaxrl_llm.types import Metrics
+
+State = TypeVar("State")
+
+
+def training_loop(
+    config: RunOptions,
+    state: State,
+    update: Callable[[State, int], tuple[State, Metrics]],
+    *,
+    total_steps: int,
+    label: str,
+    evaluate: Callable[[State], dict[str, Any]] | None = None,
+    show: Sequence[str] = ("loss",),
+) -> tuple[State, bool]:
+    """Runs `update(state, index) -> (state, metrics)` for every index from where the run stands to `total_steps`.
+
+    The state is all that changes: an update that depends on nothing but (state, index) makes a resumed run equal to an
+    uninterrupted one, bit for bit.
+
+    Args:
+        config: Settings of the recipe; all of its fields are written to config.json.
+        state: Before the first step; the newest checkpoint replaces it if `config.resume` is set.
+        update: One step; may donate the state.
+        total_steps: Where the run ends.
+        label: What is running, for the progress line.
+        evaluate: `evaluate(state) -> metrics`, called before the first step, every `eval_steps` and at the end.
+        show: Metrics of the progress line.
+
+    Returns:
+        The last state, and whether the run is complete (it is not after Ctrl-C).
+    """
+    folder = Path(config.output_dir)
+    start = checkpoints.latest_step(folder / "checkpoints") if config.resume else None
+    settings = dataclasses.asdict(config)
+    if start is not None:
+        state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
+    done = start or 0
+    with (
+        RunLogger(folder, config=settings, resume_step=start, overwrite=config.overwrite) as logger,
+        interruptible() as interrupt,
+        Progress(max(total_steps, 1), label, start=done, show=show) as progress,
+    ):
+        for difference in logger.config_differences:
+            rich_print(f"[yellow]Resumed with another option: {difference}")
+        if evaluate is not None and done == 0:
+            logger.log(0, evaluate(state))
+        while done < total_steps and not interrupt.stop:
+            state, metrics = update(state, done)
+            done += 1
+            last = done == total_steps
+            evaluated = evaluate is not None and (last or done % config.eval_steps == 0)
+            if evaluated and evaluate is not None:
+                metrics = metrics | evaluate(state)
+            if evaluated or last or done % config.logging_steps == 0:
+                logger.log(done, metrics)
+                progress.update(done, metrics)
+            if last or interrupt.stop or done % config.save_steps == 0:
+                _save(folder, done, state, settings, config.save_total_limit)
+    if done < total_steps:
+        rich_print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
+    return state, done >= total_steps
+
+
+def _save(folder: Path, step: int, state: Any, settings: dict[str, Any], keep: int) -> None:
+    checkpoints.save(folder / "checkpoints", step, state, extra={"config": settings}, keep=keep)

@@ -1,0 +1,165 @@
+"""Settings that several recipes share, with their checks. A recipe's `Config` joins those that it needs.
+
+Values are checked by `validate`, which `run` calls, not in `__post_init__`: a field may hold a traced number.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import optax
+
+from jaxrl_llm.optimizers import make_optimizer, make_schedule
+from jaxrl_llm.optimizers.first_order import OptimizerName, ScheduleName
+
+
+def require(name: str, value: Any, meant: str, holds: Callable[[Any], bool]) -> None:
+    """Raises a `ValueError` that names the option, what came and what was meant, unless `holds(value)`."""
+    if not holds(value):
+        raise ValueError(f"{name} must be {meant}, got {value!r}.")
+
+
+def require_at_least(least: int, **options: int) -> None:
+    """Checks that each option is a whole number of at least `least`."""
+    for name, value in options.items():
+        require(name, value, f"a whole number of at least {least}", lambda v: isinstance(v, int) and v >= least)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run writes, how often, and from where it goes on."""
+
+    output_dir: str
+    """Folder for metrics, checkpoints and the trained model."""
+    seed: int = 0
+    """Seed of initialisation, order of the data, dropout and sampling."""
+    logging_steps: int = 10
+    """Steps between two lines of metrics."""
+    eval_steps: int = 100
+    """Steps between two evaluations on held-out rows."""
+    save_steps: int = 500
+    """Steps between two checkpoints; the last step and Ctrl-C save too."""
+    save_total_limit: int = 2
+    """Checkpoints to keep."""
+    resume: bool = False
+    """Go on from the newest checkpoint in output_dir, if there is one."""
+    overwrite: bool = False
+    """Delete the run that output_dir holds already."""
+
+    def validate_run(self) -> None:
+        """Checks the values."""
+        require("output_dir", self.output_dir, "the name of a folder", bool)
+        require_at_least(0, seed=self.seed)
+        require_at_least(
+            1,
+            logging_steps=self.logging_steps,
+            eval_steps=self.eval_steps,
+            save_steps=self.save_steps,
+            save_total_limit=self.save_total_limit,
+        )
+        require("resume and overwrite", (self.resume, self.overwrite), "not both true", lambda pair: not all(pair))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model to train: a saved one, or a new GPT-2."""
+
+    model: str = ""
+    """Folder or hub id of a GPT-2 to start from; empty: a new one with random weights and the sizes below."""
+    tokenizer: str = "gpt2"
+    """Of a new model: a folder or hub id, `gpt2` (needs no network), or `characters:…`, one token for each character
+    that follows the colon."""
+    n_layer: int = 4
+    """Layers of a new model."""
+    n_head: int = 4
+    """Attention heads of a new model; they divide n_embd."""
+    n_embd: int = 256
+    """Width of a new model."""
+    n_positions: int = 256
+    """Longest text of a new model, in tokens."""
+    initializer_range: float = 0.02
+    """Standard deviation of the weights of a new model. GPT-2's 0.02 suits widths near 768; narrow models learn more
+    steadily with more, such as 0.1 at width 64."""
+    tie_word_embeddings: bool = True
+    """Whether the head of a new model is its token embedding, as in GPT-2."""
+    dropout: float = 0.0
+    """Dropout on embeddings, attention and residuals in training."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type to compute in; parameters stay float32. (float16 would need loss scaling.)"""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    chunk_size: int = 128
+    """Positions along time whose logits exist at once."""
+
+    def validate_model(self) -> None:
+        """Checks the values."""
+        sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "chunk_size")}
+        require_at_least(1, **sizes)
+        require("initializer_range", self.initializer_range, "positive", lambda std: std > 0)
+        require("dropout", self.dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerOptions:
+    """How parameters move."""
+
+    learning_rate: float
+    """Peak learning rate."""
+    optim: OptimizerName = "adamw"
+    """Optimizer."""
+    lr_scheduler_type: ScheduleName = "cosine"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """Decoupled decay (adamw) or L2 (others), not on biases and norms."""
+    adam_beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    adam_beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    adam_epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    max_grad_norm: float = 1.0
+    """Largest global norm of the gradient."""
+    gradient_accumulation_steps: int = 1
+    """Parts that each batch is worked through in, one after the other: less memory, the same gradient."""
+    skip_nonfinite: bool = True
+    """Leave the model as it is where a gradient is not finite (counted in grad_nonfinite)."""
+
+    def validate_optimizer(self) -> None:
+        """Checks the values."""
+        require_at_least(0, warmup_steps=self.warmup_steps)
+        require_at_least(1, gradient_accumulation_steps=self.gradient_accumulation_steps)
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            require(name, getattr(self, name), "positive", lambda value: value > 0)
+        require("weight_decay", self.weight_decay, "at least 0", lambda value: value >= 0)
+        for name in ("adam_beta1", "adam_beta2"):
+            require(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
+
+    def schedule(self, total_steps: int) -> optax.Schedule:
+        """Makes the learning rate as a function of the step."""
+        if self.lr_scheduler_type != "constant":
+            require(
+                "warmup_steps",
+                self.warmup_steps,
+                f"less than the {total_steps} steps of the run",
+                lambda steps: steps < total_steps,
+            )
+        return make_schedule(
+            self.learning_rate,
+            lr_scheduler_type=self.lr_scheduler_type,
+            warmup_steps=self.warmup_steps,
+            total_steps=total_steps,
+        )
+
+    def optimizer(self, total_steps: int) -> optax.GradientTransformation:
+        """Makes the optimizer of a run of `total_steps`."""
+        return make_optimizer(
+            self.optim,
+            learning_rate=self.schedule(total_steps),
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            adam_beta1=self.adam_beta1,
+            adam_beta2=self.adam_beta2,
+            adam_epsilon=self.adam_epsilon,
+        )

@@ -1,0 +1,1 @@
+"""Language recipes: supervised fine-tuning, preference optimization, and reinforcement learning on text."""

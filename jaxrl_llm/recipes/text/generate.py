@@ -1,0 +1,69 @@
+"""Complete prompts with a saved model.
+
+    jaxrl-llm generate --model runs/sft/model --prompt "Define: happiness"
+    jaxrl-llm generate --model my/gpt2 --prompt "Once upon a time" --num-generations 3 --temperature 0.8
+
+A backslash followed by n in a prompt is read as a line break, which shells make hard to type.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+from rich import print as rich_print
+from rich.text import Text
+
+from jaxrl_llm.data import tokenize_prompt
+from jaxrl_llm.data.formats import Instruction
+from jaxrl_llm.recipes.options import ModelOptions, require, require_at_least
+from jaxrl_llm.recipes.text.language_model import complete, load_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of generation."""
+
+    model: str
+    """Folder or hub id of the model."""
+    prompt: tuple[str, ...]
+    """One or more prompts, taken as they stand."""
+    instruction: bool = False
+    """Put each prompt into the template of instructions, or the chat template of the tokenizer."""
+    max_new_tokens: int = 64
+    """Longest completion, in tokens."""
+    num_generations: int = 1
+    """Completions of each prompt."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; 1 samples from the model's distribution."""
+    top_p: float = 1.0
+    """Sample from the most likely tokens that together have probability p."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+
+def run(config: Config) -> list[str]:
+    """Prints and returns the completions, those of one prompt together.
+
+    Raises:
+        ValueError: If a setting is wrong or the model cannot be loaded.
+    """
+    require_at_least(1, max_new_tokens=config.max_new_tokens, num_generations=config.num_generations)
+    require("temperature", config.temperature, "at least 0", lambda t: t >= 0)
+    require("prompt", config.prompt, "at least one text, none of them empty", lambda p: p and all(p))
+    key = jax.random.key(config.seed)
+    model = load_model(ModelOptions(model=config.model), key)
+    texts = [text.replace("\\n", "\n") for text in config.prompt]
+    prompts = [Instruction(text) if config.instruction else text for text in texts]
+    tokens = [tokenize_prompt(prompt, model.tokenizer) for prompt in prompts]
+    completions = complete(
+        model,
+        model.params,
+        [np.asarray(ids) for ids in tokens for _ in range(config.num_generations)],
+        key,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+    )
+    for index, completion in enumerate(completions):
+        rich_print(Text(texts[index // config.num_generations], style="dim") + Text(completion, style="bold"))
+    return completions

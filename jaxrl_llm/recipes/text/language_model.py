@@ -1,0 +1,165 @@
+"""The model that a language recipe trains, and the questions that every recipe asks it."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_llm.data import (
+    Row,
+    as_rows,
+    character_tokenizer,
+    collate_prompts,
+    load_tokenizer,
+    one_digit_sums,
+    padding_id,
+    read_rows,
+    wordnet_definitions,
+)
+from jaxrl_llm.data.sums import ALPHABET
+from jaxrl_llm.data.tokenizers import Tokenizer
+from jaxrl_llm.models import GPT2, GPT2Config, from_pretrained, head_kernel
+from jaxrl_llm.recipes.options import ModelOptions
+from jaxrl_llm.rollouts import generate
+from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
+from jaxrl_llm.types import Key, Params
+
+CHARACTERS = "characters:"
+
+
+class LanguageModel(NamedTuple):
+    """A model with its parameters and its tokenizer."""
+
+    module: GPT2
+    params: Params
+    tokenizer: Tokenizer
+
+    @property
+    def apply(self) -> Apply:
+        """The model as a function."""
+        return self.module.apply
+
+    @property
+    def head_kernel(self) -> HeadKernel:
+        """The kernel of the head, from parameters."""
+        return head_kernel
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills batches; masks say what is real."""
+        return padding_id(self.tokenizer)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+
+def load_model(options: ModelOptions, key: Key) -> LanguageModel:
+    """Loads the model that the options name, or makes a new one.
+
+    Raises:
+        ValueError: If a saved model comes without a tokenizer.
+    """
+    if options.model:
+        module, params, tokenizer = from_pretrained(options.model)
+        if tokenizer is None:
+            raise ValueError(f"model={options.model!r} holds no tokenizer files; save them into the same folder.")
+        config = module.config
+    else:
+        tokenizer, params = _tokenizer(options.tokenizer), None
+        config = GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=options.n_positions,
+            n_embd=options.n_embd,
+            n_layer=options.n_layer,
+            n_head=options.n_head,
+            initializer_range=options.initializer_range,
+            tie_word_embeddings=options.tie_word_embeddings,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), options.dropout)
+    module = GPT2(dataclasses.replace(config, **rates, dtype=jnp.dtype(options.dtype), remat=options.remat))
+    if params is None:
+        params = jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return LanguageModel(module, params, tokenizer)
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    return character_tokenizer(name.removeprefix(CHARACTERS)) if name.startswith(CHARACTERS) else load_tokenizer(name)
+
+
+def load_rows(dataset: str, split: str = "train") -> list[Row]:
+    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`."""
+    if dataset == "wordnet":
+        return as_rows(wordnet_definitions(), dataset)
+    if dataset == "sums":
+        return as_rows(one_digit_sums(operators="+-"), dataset)
+    return read_rows(dataset, split=split)
+
+
+SUMS_TOKENIZER = CHARACTERS + ALPHABET
+"""The tokenizer that fits the dataset `sums`."""
+
+
+def complete(
+    model: LanguageModel,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    key: Key,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    batch_size: int = 256,
+) -> list[str]:
+    """Completes prompts, a batch at a time, and decodes the completions without special tokens.
+
+    Args:
+        model: The model; its own parameters are not used.
+        params: Parameters to sample with.
+        prompts: Token ids of each prompt.
+        key: Key of the sampling.
+        max_new_tokens: Length of a completion at most.
+        temperature: 0 is greedy.
+        top_p: Nucleus.
+        batch_size: Rows that are completed together.
+    """
+    length = collate_prompts(prompts, pad_id=model.pad_id, multiple_of=8).prompt_ids.shape[1]
+    batch_size = min(batch_size, len(prompts))
+    texts: list[str] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = list(prompts[start : start + batch_size])
+        rows += [rows[0]] * (batch_size - len(rows))  # one shape for all batches; the extra answers are cut off below
+        batch = collate_prompts(rows, pad_id=model.pad_id, length=length)
+        completions = _generate(
+            model.apply,
+            params,
+            jax.random.fold_in(key, start),
+            batch.prompt_ids,
+            batch.prompt_mask,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            eos_id=model.tokenizer.eos_token_id,
+            pad_id=model.pad_id,
+        )
+        texts += decode(model.tokenizer, completions.ids, completions.mask)
+    return texts[: len(prompts)]
+
+
+_generate = partial(jax.jit, static_argnames=("apply", "max_new_tokens", "eos_id", "pad_id", "top_p", "temperature"))(
+    generate
+)
+
+
+def decode(tokenizer: Tokenizer, ids: jax.Array | np.ndarray, mask: jax.Array | np.ndarray) -> list[str]:
+    """Decodes each row up to its end, without special tokens."""
+    ids, lengths = np.asarray(ids), np.asarray(mask).sum(-1)
+    rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

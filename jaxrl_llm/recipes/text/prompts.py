@@ -1,0 +1,156 @@
+"""Prompts with the columns that rewards read, and rewards of their completions, on the host or traced."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.data import PromptExample, collate_prompts, reward_columns, tokenize_prompt_rows
+from jaxrl_llm.data.tokenizers import encode_text
+from jaxrl_llm.recipes.text.language_model import LanguageModel, decode
+from jaxrl_llm.rewards import evaluate_rewards, load_reward
+from jaxrl_llm.rollouts import Completions
+from jaxrl_llm.types import Metrics
+
+Columns: TypeAlias = Mapping[str, Array]
+TraceableReward: TypeAlias = Callable[[Completions, Columns], Float[Array, " rows"]]
+"""`reward(completions, columns) -> [rows]`: the columns are arrays with one row for each completion."""
+
+
+class Prompts(NamedTuple):
+    """Prompts of an iteration, with the arrays that a traceable reward reads."""
+
+    ids: Int[Array, "batch time"]
+    mask: Bool[Array, "batch time"]
+    columns: Columns
+
+
+class PromptTable(NamedTuple):
+    """All prompts of a dataset: tokens, texts and columns, on the host; every field has one entry for each prompt."""
+
+    tokens: list[np.ndarray]
+    texts: list[Any]
+    """Strings, or lists of messages `{"role", "content"}`."""
+    columns: dict[str, list[Any]]
+    arrays: dict[str, np.ndarray]
+    """Numeric columns as they are; a column of text `answer` as `answer_ids` and `answer_mask`."""
+    length: int
+    """Length of the longest prompt, rounded up."""
+
+    def batch(self, indices: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
+        """Collates some of the prompts, left-padded to the length of all, so that one shape compiles."""
+        rows = collate_prompts([self.tokens[i] for i in indices], pad_id=pad_id, length=self.length)
+        columns = {name: jnp.asarray(values[np.asarray(indices)]) for name, values in self.arrays.items()}
+        return Prompts(jnp.asarray(rows.prompt_ids), jnp.asarray(rows.prompt_mask), columns)
+
+
+def make_prompt_table(
+    model: LanguageModel, examples: Sequence[PromptExample], *, max_prompt_length: int
+) -> PromptTable:
+    """Tokenizes prompts and their columns; prompts that are too long are left out."""
+    tokenized = tokenize_prompt_rows(examples, model.tokenizer, max_prompt_length=max_prompt_length)
+    kept = [examples[i] for i in tokenized.kept]
+    columns = reward_columns(kept)
+    arrays: dict[str, np.ndarray] = {}
+    for name, values in columns.items():
+        if all(isinstance(value, str) for value in values):
+            arrays |= _text_arrays(name, values, model)
+        elif all(isinstance(value, bool | int | float) for value in values):
+            arrays[name] = np.asarray(values)
+    length = -(-max(len(ids) for ids in tokenized.rows) // 8) * 8
+    return PromptTable(tokenized.rows, [_plain(example.prompt) for example in kept], columns, arrays, length)
+
+
+def _text_arrays(name: str, values: Sequence[str], model: LanguageModel) -> dict[str, np.ndarray]:
+    rows = [encode_text(value, model.tokenizer) for value in values]
+    width = max(max(map(len, rows)), 1)
+    ids = np.array([row + [model.pad_id] * (width - len(row)) for row in rows], np.int32)
+    mask = np.arange(width) < np.array([len(row) for row in rows])[:, None]
+    return {f"{name}_ids": ids, f"{name}_mask": mask}
+
+
+def _plain(prompt: Any) -> Any:
+    """Gives a reward what TRL would: a string, or a list of message dicts."""
+    if isinstance(prompt, tuple):
+        return [message._asdict() for message in prompt]
+    return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
+
+
+def load_traceable_reward(names: Sequence[str], weights: Sequence[float], eos_id: int) -> TraceableReward:
+    """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into their weighted sum.
+
+    Each is given the arguments that it names (`eos_id` among them), or all if it takes `**columns`.
+
+    Raises:
+        ValueError: If a function names an argument that is not there (raised when it is traced).
+    """
+    functions = [load_reward(name) for name in names]
+
+    def reward(completions: Completions, columns: Columns) -> Float[Array, " rows"]:
+        # What was sampled comes last: a dataset may have a column `completion` of its own.
+        given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
+        total = jnp.zeros(completions.ids.shape[0])
+        for function, name, weight in zip(functions, names, weights or [1.0] * len(functions), strict=True):
+            total += weight * function(**_arguments(function, name, given))
+        return total
+
+    return reward
+
+
+def _arguments(function: Callable, name: str, given: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return given
+    missing = [p.name for p in parameters if p.default is p.empty and p.name not in given]
+    if missing:
+        raise ValueError(
+            f"The traceable reward {name!r} needs {missing}; there are {sorted(given)}. A column of text `answer` comes "
+            "as `answer_ids` and `answer_mask`."
+        )
+    return {p.name: given[p.name] for p in parameters if p.name in given}
+
+
+class HostRewards(NamedTuple):
+    """Python reward functions, called on decoded text."""
+
+    model: LanguageModel
+    functions: list[Callable]
+    weights: Sequence[float] | None
+
+    def __call__(
+        self, table: PromptTable, indices: np.ndarray, completions: Completions
+    ) -> tuple[Float[np.ndarray, " rows"], Metrics]:
+        """Scores the completions of some prompts; returns totals, and the mean and deviation of each function."""
+        texts = decode(self.model.tokenizer, completions.ids, completions.mask)
+        rows = np.repeat(indices, len(texts) // len(indices))
+        prompts = [table.texts[i] for i in rows]
+        if prompts and not isinstance(prompts[0], str):
+            texts = [[{"role": "assistant", "content": text}] for text in texts]
+        columns = {name: [values[i] for i in rows] for name, values in table.columns.items()}
+        scored = evaluate_rewards(self.functions, prompts, texts, columns, reward_weights=self.weights)
+        metrics = {}
+        for name, values in zip(scored.names, scored.per_function.T, strict=True):
+            values = values[~np.isnan(values)]
+            metrics[f"rewards/{name}/mean"] = values.mean() if values.size else np.nan
+            metrics[f"rewards/{name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
+        return scored.total, metrics
+
+
+class TracedRewards(NamedTuple):
+    """A traceable reward, called outside the iteration, as an evaluation does."""
+
+    model: LanguageModel
+    reward: TraceableReward
+
+    def __call__(
+        self, table: PromptTable, indices: np.ndarray, completions: Completions
+    ) -> tuple[Float[Array, " rows"], Metrics]:
+        """Scores the completions of some prompts."""
+        columns = table.batch(indices, self.model.pad_id).columns
+        times = completions.ids.shape[0] // len(indices)
+        repeated = {name: jnp.repeat(values, times, axis=0) for name, values in columns.items()}
+        return jax.jit(self.reward)(completions, repeated), {}

@@ -1,0 +1,67 @@
+"""From logits to a token: temperature, and the filters of the field (top-k, top-p, min-p, repetition penalty)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxrl_llm.types import Mask, Numeric
+
+
+def is_off(value: Numeric, neutral: float) -> bool:
+    """Tells whether an option is a Python number that changes nothing, so that its filter need not be compiled."""
+    return isinstance(value, int | float) and value == neutral
+
+
+def penalize_repetition(
+    logits: Float[Array, "rows vocab"],
+    history: Int[Array, "rows length"],
+    history_mask: Bool[Array, "rows length"],
+    penalty: Numeric,
+) -> Float[Array, "rows vocab"]:
+    """Divides positive and multiplies negative logits of the tokens in `history` by `penalty`.
+
+    References:
+        Keskar et al., 2019, section 4.1 (CTRL). https://arxiv.org/abs/1909.05858
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    seen = jnp.take_along_axis(logits, history, axis=-1, mode="clip")
+    penalized = jnp.where(seen < 0, seen * penalty, seen / penalty)
+    return logits.at[rows, jnp.where(history_mask, history, logits.shape[-1])].set(penalized, mode="drop")
+
+
+def filter_logits(
+    logits: Float[Array, "rows vocab"], *, top_k: int = 0, top_p: Numeric = 1.0, min_p: Numeric = 0.0
+) -> Float[Array, "rows vocab"]:
+    """Sets to -inf the logits of the tokens that may not be sampled; the most likely one always may.
+
+    Args:
+        logits: Temperature-scaled logits.
+        top_k: Keep the k most likely tokens; 0 keeps all. Static.
+        top_p: Keep the most likely tokens whose probabilities sum to at least p (nucleus), of those that top-k kept.
+        min_p: Keep tokens at least min_p times as likely as the most likely one.
+
+    References:
+        Holtzman et al., 2020 (top-p). https://arxiv.org/abs/1904.09751; Nguyen et al., 2024 (min-p).
+        https://arxiv.org/abs/2407.01082
+    """
+    if top_k > 0:
+        lowest = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:]
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    if not is_off(top_p, 1.0):
+        ranked = jnp.sort(logits, axis=-1, descending=True)
+        probs = jax.nn.softmax(ranked, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        kept = (before < top_p).at[:, 0].set(True)
+        lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    if not is_off(min_p, 0.0):
+        lowest = logits.max(-1, keepdims=True) + jnp.log(min_p)
+        logits = jnp.where(logits < lowest, -jnp.inf, logits)
+    return logits
+
+
+def left_pad(ids: Int[Array, "batch time"], mask: Mask) -> tuple[Int[Array, "batch time"], Bool[Array, "batch time"]]:
+    """Moves the real tokens of each row to its end, in their order, wherever the padding was."""
+    real = jnp.asarray(mask) != 0
+    order = jnp.argsort(real, axis=-1, stable=True)
+    return jnp.take_along_axis(ids, order, axis=-1), jnp.take_along_axis(real, order, axis=-1)

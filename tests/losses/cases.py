@@ -1,0 +1,221 @@
+"""Every loss once, with inputs: the contract tests of the losses and of the train step run over this list."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxrl_llm.log_probs import TokenStatistics
+from jaxrl_llm.losses import (
+    cross_entropy_loss,
+    dpo_loss,
+    grpo_loss,
+    policy_gradient_loss,
+    ppo_loss,
+    reward_model_loss,
+    value_loss,
+)
+from jaxrl_llm.losses.group_relative import grpo_weights
+from jaxrl_llm.reductions import loss_weights, token_weights
+
+Batch = dict[str, Any]
+ROWS, TIME = 8, 6
+PER_ROW = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "chosen", "rejected", "margin")
+"""Fields `[rows]` that count where `row_mask` does. (`advantages` is `[rows]` too; the others are `[rows, time]`.)"""
+
+
+class LossCase(NamedTuple):
+    """A loss of a batch.
+
+    Attributes:
+        loss: `(batch, weights, axis_name) -> (loss, metrics)`; weights may be None.
+        weights: `(batch, axis_name) -> weights` of the whole batch.
+        trained: Fields that have a gradient; all other fields are constants.
+    """
+
+    loss: Callable
+    weights: Callable
+    trained: tuple[str, ...]
+
+
+def _cross_entropy(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return cross_entropy_loss(batch["log_probs"], batch["mask"], weights=weights, axis_name=axis_name)
+
+
+def _regularized_cross_entropy(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    statistics = TokenStatistics(
+        batch["log_probs"], batch["entropy"], batch["logsumexp"], batch["mean_log_probs"], batch["log_probs"] > -1
+    )
+    return cross_entropy_loss(
+        batch["log_probs"],
+        batch["mask"],
+        label_smoothing=0.1,
+        z_loss=0.01,
+        statistics=statistics,
+        weights=weights,
+        axis_name=axis_name,
+    )
+
+
+def _policy_gradient(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return policy_gradient_loss(
+        batch["log_probs"],
+        batch["advantages"],
+        batch["mask"],
+        entropy=batch["entropy"],
+        entropy_coef=0.05,
+        weights=weights,
+        axis_name=axis_name,
+    )
+
+
+def _ppo(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return ppo_loss(
+        batch["log_probs"],
+        batch["old_log_probs"],
+        batch["advantages"],
+        batch["mask"],
+        values=batch["values"],
+        old_values=batch["old_values"],
+        returns=batch["returns"],
+        entropy=batch["entropy"],
+        cliprange_value=0.3,
+        entropy_coef=0.05,
+        weights=weights,
+        axis_name=axis_name,
+    )
+
+
+def _value(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return value_loss(batch["values"], batch["returns"], batch["mask"], weights=weights, axis_name=axis_name)
+
+
+def _grpo(loss_type: str, level: str = "token") -> LossCase:
+    def loss(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+        return grpo_loss(
+            batch["log_probs"],
+            batch["old_log_probs"],
+            batch["advantages"],
+            batch["mask"],
+            ref_log_probs=batch["ref_log_probs"],
+            entropy=batch["entropy"],
+            loss_type=loss_type,
+            importance_sampling_level=level,
+            epsilon_high=0.28,
+            delta=1.6,
+            beta=0.04,
+            max_completion_length=10,
+            entropy_coef=0.05,
+            weights=weights,
+            axis_name=axis_name,
+        )
+
+    def weights(batch: Batch, axis_name: str | None) -> Any:
+        return grpo_weights(batch["mask"], loss_type, max_completion_length=10, axis_name=axis_name)
+
+    return LossCase(loss, weights, ("log_probs", "entropy"))
+
+
+def _dpo(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    fields = [batch[name] for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
+    return dpo_loss(*fields, beta=0.3, label_smoothing=0.1, weights=weights, axis_name=axis_name)
+
+
+def _reward_model(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return reward_model_loss(
+        batch["chosen"],
+        batch["rejected"],
+        margin=batch["margin"],
+        center_rewards_coefficient=0.01,
+        weights=weights,
+        axis_name=axis_name,
+    )
+
+
+def _token_mean(batch: Batch, axis_name: str | None) -> Any:
+    return token_weights(batch["mask"], "token_mean", axis_name=axis_name)
+
+
+def _token_means(batch: Batch, axis_name: str | None) -> Any:
+    return loss_weights(batch["mask"], "token_mean", axis_name=axis_name)
+
+
+def _row_mean(batch: Batch, axis_name: str | None) -> Any:
+    return token_weights(batch["row_mask"], "token_mean", axis_name=axis_name)
+
+
+CASES = {
+    "cross_entropy": LossCase(_cross_entropy, _token_mean, ("log_probs",)),
+    "cross_entropy_regularized": LossCase(
+        _regularized_cross_entropy, _token_mean, ("log_probs", "logsumexp", "mean_log_probs")
+    ),
+    "policy_gradient": LossCase(_policy_gradient, _token_means, ("log_probs", "entropy")),
+    "ppo": LossCase(_ppo, _token_means, ("log_probs", "values", "entropy")),
+    "value": LossCase(_value, _token_mean, ("values",)),
+    "grpo": _grpo("grpo"),
+    "bnpo": _grpo("bnpo"),
+    "dr_grpo": _grpo("dr_grpo"),
+    "dapo": _grpo("dapo"),
+    "gspo": _grpo("grpo", "sequence"),
+    "dpo": LossCase(_dpo, _row_mean, ("policy_chosen", "policy_rejected")),
+    "reward_model": LossCase(_reward_model, _row_mean, ("chosen", "rejected")),
+}
+
+
+def random_mask(seed: int, rows: int = ROWS, time: int = TIME) -> np.ndarray:
+    """Makes rows of unequal length, one of them empty."""
+    lengths = np.random.default_rng(seed).permuted(np.arange(rows) % (time + 1))
+    return np.arange(time) < lengths[:, None]
+
+
+def make_batch(seed: int, mask: np.ndarray) -> Batch:
+    """Makes one batch that serves all losses; a row counts for the losses of rows if its first token does.
+
+    Arrays are numpy's, so that a test can cut and spoil them without compiling anything.
+    """
+    rng, shape = np.random.default_rng(seed), mask.shape
+    log_probs = rng.uniform(-4, -0.1, shape)
+    values = rng.normal(size=shape)
+    batch = {
+        "log_probs": log_probs,
+        "old_log_probs": log_probs + rng.normal(scale=0.4, size=shape),
+        "ref_log_probs": log_probs + rng.normal(scale=0.4, size=shape),
+        "mean_log_probs": rng.uniform(-6, -2, shape),
+        "logsumexp": rng.normal(size=shape),
+        "entropy": rng.uniform(0.1, 3, shape),
+        "values": values,
+        "old_values": values + rng.normal(scale=0.4, size=shape),
+        "returns": rng.normal(size=shape),
+        "advantages": rng.normal(size=shape[:1]),
+        "mask": mask,
+        "row_mask": mask[:, 0],
+    }
+    return batch | {name: rng.normal(scale=2, size=shape[:1]) for name in PER_ROW}
+
+
+def whole_weights(batch: Batch, axis_name: str | None = None) -> dict[str, Any]:
+    """Makes the weights of all cases from the whole batch."""
+    return {name: case.weights(batch, axis_name) for name, case in CASES.items()}
+
+
+class Result(NamedTuple):
+    """What a loss gives: everything that splitting, padding, and sharding must leave alone."""
+
+    loss: jax.Array
+    metrics: dict[str, jax.Array]
+    grads: dict[str, jax.Array]
+
+
+def evaluate(batch: Batch, weights: dict[str, Any], axis_name: str | None = None) -> dict[str, Result]:
+    """Computes value, metrics, and gradient of every case, so that one compilation serves all."""
+    results = {}
+    for name, case in CASES.items():
+
+        def loss(trained: dict, name: str = name, case: LossCase = case) -> tuple:
+            return case.loss(batch | trained, weights[name], axis_name)
+
+        trained = {field: batch[field] for field in case.trained}
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(trained)
+        results[name] = Result(value, metrics, grads)
+    return results

@@ -1,0 +1,362 @@
+import dataclasses
+import functools
+import json
+import math
+import shutil
+
+import chex
+import gymnax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+from gymnax.environments import environment, spaces
+
+from jaxrl_llm.recipes.control import ppo, runner
+from jaxrl_llm.recipes.control.ppo import Config, init, learn, make_batch, train, update
+from jaxrl_llm.rollouts.environment import Transition, make_environment, mean_over_episodes
+from jaxrl_llm.training import checkpoints
+from jaxrl_llm.training.logging import read_metrics
+
+TINY = Config(
+    total_timesteps=100,  # three updates and four steps that fill none
+    num_envs=2,
+    num_steps=16,
+    update_epochs=2,
+    num_minibatches=2,
+    hidden_sizes=(8,),
+    learning_rate=1e-3,
+    updates_per_step=1,
+    save_steps=1,
+    save_total_limit=9,
+    eval_episodes=2,
+)
+HYPERPARAMETERS = {
+    "learning_rate": 1e-3,
+    "gamma": 0.9,
+    "gae_lambda": 0.8,
+    "clip_eps": 0.1,
+    "vf_clip_eps": 0.3,
+    "ent_coef": 0.02,
+    "vf_coef": 0.4,
+    "max_grad_norm": 0.6,
+    "target_kl": 0.05,
+}
+jit_train = jax.jit(train, static_argnums=1)
+
+
+def key_of(seed):
+    return jax.random.key(seed)
+
+
+def final_training_return(metrics):
+    """Mean return of the episodes that ended in the last tenth of the updates, for each seed."""
+    last = slice(-(metrics["episode/count"].shape[-1] // 10), None)
+    return mean_over_episodes(metrics["episode/return_mean"][..., last], metrics["episode/count"][..., last])
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return jit_train(key_of(0), TINY)
+
+
+class Clock(environment.Environment):
+    """Pays 1 for every step for ever; only a time limit of 8 steps interrupts it. Shows nothing."""
+
+    def step_env(self, key, state, action, params):
+        state = state.replace(time=state.time + 1)
+        return jnp.ones(1), state, jnp.float32(1), jnp.array(False), {}
+
+    def reset_env(self, key, params):
+        return jnp.ones(1), environment.EnvState(time=jnp.int32(0))
+
+    @property
+    def default_params(self):
+        return environment.EnvParams(max_steps_in_episode=8)
+
+    def action_space(self, params):
+        return spaces.Discrete(2)
+
+    def observation_space(self, params):
+        return spaces.Box(0, 1, (1,))
+
+
+class Match(Clock):
+    """Two steps: shows -1 or 1, then 0; pays, at the end, 1 if the FIRST action matched the sign."""
+
+    def step_env(self, key, state, action, params):
+        sign, matched, time = state.time // 4, (state.time // 2) % 2, state.time % 2
+        matched = jnp.where(time == 0, action == sign, matched).astype(jnp.int32)
+        reward = jnp.where(time == 1, matched, 0).astype(jnp.float32)
+        state = state.replace(time=4 * sign + 2 * matched + time + 1)
+        return jnp.zeros(1), state, reward, time == 1, {}
+
+    def reset_env(self, key, params):
+        sign = jax.random.bernoulli(key).astype(jnp.int32)
+        return 2.0 * sign[None] - 1.0, environment.EnvState(time=4 * sign)
+
+    @property
+    def default_params(self):
+        return environment.EnvParams(max_steps_in_episode=1000)
+
+
+gymnax.register("Clock-probe", Clock)
+gymnax.register("Match-probe", Match)
+
+
+def trained_on_probe(env, **settings):
+    config = dataclasses.replace(
+        TINY, env=env, total_timesteps=6400, num_envs=4, num_steps=16, learning_rate=1e-2, vf_clip_eps=None, **settings
+    )
+    state, _ = jit_train(key_of(0), config)
+    return functools.partial(config.apply(), state.train.params)
+
+
+def test_the_value_of_a_reward_that_only_a_time_limit_interrupts_is_that_of_the_endless_sum():
+    # 1 / (1 - γ) = 10. Without bootstrapping through the limit of 8 steps it could be at most 5.7.
+    _, value = trained_on_probe("Clock-probe", gamma=0.9)(jnp.ones((1, 1)))
+    np.testing.assert_allclose(value, 10, rtol=0.05)
+
+
+def test_credit_reaches_the_action_that_earned_a_later_reward():
+    apply = trained_on_probe("Match-probe", gamma=0.5, gae_lambda=1.0)
+    logits, value = apply(jnp.array([[-1.0], [1.0], [0.0]]))
+    probs = jax.nn.softmax(logits)
+    assert probs[0, 0] > 0.95
+    assert probs[1, 1] > 0.95
+    np.testing.assert_allclose(value, [0.5, 0.5, 1.0], atol=0.1)  # the reward is one step away, or now
+
+
+def test_advantages_bootstrap_from_the_final_observation_at_a_truncation_and_from_nothing_at_a_termination():
+    rng = np.random.default_rng(0)
+    params = init(key_of(0), TINY).train.params
+    shape = time, envs = 6, 2
+    terminated, truncated = rng.random(shape) < 0.3, rng.random(shape) < 0.3
+    transitions = Transition(
+        observation=jnp.asarray(rng.normal(size=(*shape, 4)), jnp.float32),
+        action=jnp.zeros(shape, jnp.int32),
+        log_prob=jnp.zeros(shape),
+        reward=jnp.asarray(rng.normal(size=shape), jnp.float32),
+        terminated=jnp.asarray(terminated),
+        truncated=jnp.asarray(truncated),
+        final_observation=jnp.asarray(rng.normal(size=(*shape, 4)), jnp.float32),
+        episode_return=jnp.zeros(shape),
+        episode_length=jnp.zeros(shape, jnp.int32),
+    )
+    assert (terminated & truncated).any()
+    assert (truncated & ~terminated).any()
+    batch = jax.jit(make_batch, static_argnums=2)(params, transitions, TINY)
+
+    values, next_values = (
+        np.asarray(TINY.apply()(params, x)[1]) for x in (transitions.observation, transitions.final_observation)
+    )
+    expected, advantage = np.zeros(shape), np.zeros(envs)
+    for t in reversed(range(time)):
+        future = np.where(terminated[t], 0, next_values[t])
+        advantage = np.where(terminated[t] | truncated[t], 0, 0.99 * 0.95 * advantage)
+        advantage += np.asarray(transitions.reward[t]) + 0.99 * future - values[t]
+        expected[t] = advantage
+    np.testing.assert_allclose(batch.advantage, expected.reshape(-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(batch.returns, (expected + values).reshape(-1), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(batch.value, values.reshape(-1), rtol=1e-6)
+    np.testing.assert_array_equal(batch.observation, transitions.observation.reshape(-1, 4))
+
+
+def test_ppo_learns_to_balance_the_pole():
+    config = Config(total_timesteps=40_000, learning_rate=1e-3)
+    _, metrics = jit_train(key_of(0), config)
+    start = mean_over_episodes(metrics["episode/return_mean"][:5], metrics["episode/count"][:5])
+    assert start < 40
+    assert final_training_return(metrics) > 120
+
+
+@pytest.mark.slow
+def test_every_seed_solves_cartpole_in_500k_steps():
+    _, metrics = jax.jit(jax.vmap(train, in_axes=(0, None)), static_argnums=1)(
+        jax.vmap(jax.random.key)(jnp.arange(8)), Config()
+    )
+    np.testing.assert_allclose(final_training_return(metrics), 500, atol=5)
+
+
+def test_vmapped_seeds_and_learning_rates_equal_separate_runs(tiny):
+    def train_at(key, learning_rate):
+        return train(key, dataclasses.replace(TINY, learning_rate=learning_rate))
+
+    keys = jax.vmap(jax.random.key)(jnp.array([0, 1, 0]))
+    vmapped = jax.jit(jax.vmap(train_at))(keys, jnp.array([1e-3, 1e-3, 1e-2]))
+    lanes = [jax.tree.map(lambda x, lane=lane: x[lane], vmapped) for lane in range(3)]
+    chex.assert_trees_all_close(lanes[0], tiny, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(lanes[1], jit_train(key_of(1), TINY), rtol=1e-4, atol=1e-6)
+    moved = [lane[0].train.params["policy"]["output"]["kernel"] for lane in lanes]
+    assert np.abs(moved[2] - moved[0]).max() > 1e-3
+
+
+def test_every_hyperparameter_may_be_traced():
+    def train_with(hyperparameters):
+        return train(key_of(0), dataclasses.replace(TINY, **hyperparameters))
+
+    annotations = {field.name: field.type for field in dataclasses.fields(Config)}
+    traceable = {name for name, kind in annotations.items() if kind in (ppo.Hyperparameter, ppo.Hyperparameter | None)}
+    assert traceable == set(HYPERPARAMETERS)
+    _, metrics = jax.eval_shape(train_with, HYPERPARAMETERS)
+    assert metrics["loss"].shape == (3,)
+
+
+def test_a_compiled_update_equals_the_eager_one():
+    config = dataclasses.replace(TINY, num_steps=4)
+    state = init(key_of(0), config)
+    compiled = jax.jit(update, static_argnums=1)(state, config, key_of(1))
+    eager = update(state, config, key_of(1))
+    chex.assert_trees_all_close(compiled, eager, rtol=1e-4, atol=1e-6)
+
+
+def test_the_learning_rate_falls_linearly_from_update_to_update(tiny):
+    _, metrics = tiny
+    np.testing.assert_allclose(metrics["optimizer/learning_rate"], [1e-3, 2 / 3e3, 1 / 3e3], rtol=1e-6)
+
+
+def test_a_small_target_kl_ends_the_update_after_one_epoch_and_a_large_one_never(tiny):
+    state, key = tiny[0], key_of(1)
+    batch = ppo.Batch(
+        observation=jax.random.normal(key_of(2), (32, 4)),
+        action=jnp.arange(32) % 2,
+        log_prob=jnp.full(32, -jnp.log(2.0)),
+        value=jnp.zeros(32),
+        advantage=jnp.arange(32.0) % 2,
+        returns=jnp.ones(32),
+    )
+
+    @jax.jit
+    def learned(target_kl):
+        config = dataclasses.replace(TINY, target_kl=target_kl)
+        return learn(state.train, batch, config, key, 0.01)
+
+    stopped, stopped_metrics = learned(1e-9)
+    complete, complete_metrics = learned(1e9)
+    assert (stopped_metrics["optimizer/epochs"], complete_metrics["optimizer/epochs"]) == (1, 2)
+    assert stopped.step - state.train.step == TINY.num_minibatches
+    assert complete.step - state.train.step == 2 * TINY.num_minibatches
+    # The epoch that was skipped is not in the metrics either.
+    assert stopped_metrics["policy/approxkl_avg"] < complete_metrics["policy/approxkl_avg"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run of three steps, with a checkpoint after each."""
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path_factory.mktemp("ppo") / "run"))
+    return config, ppo.run(config)
+
+
+def states_of(config):
+    """The last checkpoint, without its axis of seeds."""
+    like = jax.eval_shape(jax.vmap(functools.partial(init, config=config)), jax.vmap(jax.random.key)(jnp.arange(1)))
+    state = checkpoints.restore(f"{config.output_dir}/checkpoints", like).state
+    return jax.tree.map(lambda x: x[0], state)
+
+
+def test_a_run_in_steps_equals_train(finished, tiny):
+    config, figures = finished
+    chex.assert_trees_all_close(states_of(config), tiny[0], rtol=1e-4, atol=1e-6)
+    assert figures["timesteps"] == 96
+    lines = read_metrics(config.output_dir)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line.get("timesteps") for line in lines] == [None, 32, 64, 96]
+    np.testing.assert_allclose([line["loss"] for line in lines[1:]], tiny[1]["loss"], rtol=1e-3)
+
+
+def test_a_run_killed_after_its_second_step_resumes_bit_for_bit(finished, tmp_path):
+    config, figures = finished
+    resumed = dataclasses.replace(config, output_dir=str(tmp_path / "run"), resume=True)
+    shutil.copytree(config.output_dir, resumed.output_dir)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "3")
+    again = ppo.run(resumed)
+    chex.assert_trees_all_equal(states_of(config), states_of(resumed))
+    without_time = [
+        [{name: str(x) for name, x in line.items() if name != "time"} for line in read_metrics(c.output_dir)]
+        for c in (config, resumed)
+    ]
+    assert without_time[0] == without_time[1]
+    del figures["learning_curve"], again["learning_curve"]
+    assert again == figures
+
+
+def test_resuming_with_other_steps_is_refused(finished):
+    config, _ = finished
+    shutil.rmtree(f"{config.output_dir}/checkpoints/3", ignore_errors=True)
+    with pytest.raises(ValueError, match=r"updates_per_step=2 is not that of the checkpoint.*config\.json"):
+        ppo.run(dataclasses.replace(config, updates_per_step=2, total_timesteps=400, resume=True))
+
+
+def test_a_run_tells_how_many_steps_it_really_takes_and_what_it_reached(finished):
+    config, _ = finished
+    plan = runner._plan(config)["environment steps"]
+    assert plan == "96 = 3 updates × 2 environments × 16 steps (4 of total_timesteps fill no update)"
+    divisible = runner._plan(dataclasses.replace(config, total_timesteps=96))["environment steps"]
+    assert "fill no update" not in divisible
+
+
+def test_several_seeds_run_side_by_side_and_each_has_its_curve(tmp_path, tiny):
+    config = dataclasses.replace(TINY, output_dir=str(tmp_path), num_seeds=2, updates_per_step=2)
+    figures = ppo.run(config)
+    lines = read_metrics(tmp_path)
+    assert [line.get("timesteps") for line in lines] == [None, 64, 96]
+    first = mean_over_episodes(tiny[1]["episode/return_mean"][:2], tiny[1]["episode/count"][:2])
+    np.testing.assert_allclose(lines[1]["seed_0/episode/return_mean"], first, rtol=1e-5)
+    assert "seed_1/episode/return_mean" in lines[1]
+    assert math.isfinite(figures["train/return"])
+    assert (tmp_path / "learning_curve.png").stat().st_size > 10_000
+
+
+def test_updates_are_joined_by_how_many_episodes_ended():
+    metrics = {
+        "episode/count": jnp.array([1, 0, 3]),
+        "episode/return_mean": jnp.array([10.0, jnp.nan, 30.0]),
+        "episode/length_mean": jnp.array([1.0, jnp.nan, 5.0]),
+        "loss": jnp.array([1.0, 2.0, 6.0]),
+    }
+    joined = runner.join_updates(metrics)
+    expected = {"episode/count": 4, "episode/return_mean": 25, "episode/length_mean": 4, "loss": 3}
+    assert {name: float(x) for name, x in joined.items()} == expected
+
+
+def test_the_command_line_reads_every_kind_of_option():
+    text = (
+        "--learning-rate 0.001 --vf-clip-eps None --target-kl 0.02 --hidden-sizes 32 32 --no-anneal-lr --env Acrobot-v1"
+    )
+    config = tyro.cli(Config, args=text.split())
+    expected = {"learning_rate": 0.001, "vf_clip_eps": None, "target_kl": 0.02, "hidden_sizes": (32, 32)}
+    assert config == Config(env="Acrobot-v1", anneal_lr=False, **expected)
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["learning_rate"] == 0.001
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"total_timesteps": 500}, r"total_timesteps must be at least one update.*4 × 128 = 512, got 500"),
+        ({"num_envs": 0}, "num_envs must be a whole number of at least 1, got 0"),
+        ({"num_minibatches": 3}, r"num_minibatches must be a divisor of num_envs × num_steps = 512 .*got 3"),
+        ({"num_minibatches": 512}, "leaves minibatches of at least 2, got 512"),
+        ({"gamma": 1.5}, r"gamma must be in \[0, 1\], got 1.5"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"vf_clip_eps": -1.0}, "vf_clip_eps must be positive or None, got -1.0"),
+        ({"ent_coef": -0.1}, "ent_coef must be at least 0, got -0.1"),
+        ({"hidden_sizes": (64, 0)}, r"hidden_sizes must be widths of at least 1, got \(64, 0\)"),
+        ({"env": "Cartpole-v1"}, "Did you mean CartPole-v1"),
+        ({"env": "Pendulum-v1"}, "discrete actions"),
+        ({"env": "FrozenLake-misc"}, "observe one array"),
+        ({"resume": True, "overwrite": True}, "resume and overwrite must be not both true"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.run(Config(**settings))
+
+
+def test_other_environments_with_discrete_actions_train():
+    env, _ = make_environment("Catch-bsuite")
+    config = dataclasses.replace(TINY, env="Catch-bsuite", shared_trunk=True, activation="relu")
+    ppo.validate(config)
+    state, metrics = jax.eval_shape(functools.partial(train, config=config), key_of(0))
+    assert env.num_actions == state.train.params["policy"]["output"]["kernel"].shape[-1]
+    assert metrics["episode/return_mean"].shape == (3,)

@@ -1,0 +1,330 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from jax.sharding import PartitionSpec as P
+
+from jaxrl_llm.advantages import (
+    discounted_returns,
+    generalized_advantages,
+    group_relative_advantages,
+    leave_one_out_advantages,
+)
+from tests.golden import fixture
+from tests.unchecked import unchecked
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+
+
+def array(x):
+    return jnp.array(x, jnp.float32)
+
+
+# Returns
+
+
+def test_the_discounted_return_of_the_guide():
+    # The guide prints 17.73; 10 + 0.9·5 + 0.81·3 + 0.729·1 is 17.659.
+    close(discounted_returns(array([10, 5, 3, 1]), 0.9, 0.0), [17.659, 8.51, 3.9, 1])
+
+
+def test_the_monte_carlo_advantages_of_the_guide():
+    rewards, values, expected = array([1, 2, 3, 10]), array([5, 6, 7, 8]), [10.62329, 8.771, 5.9, 2.0]
+    close(discounted_returns(rewards, 0.99, 0.0) - values, expected)
+    ends = jnp.array([False, False, False, True])
+    next_values = jnp.append(values[1:], 1e6)  # What lies after the end is worth nothing.
+    advantages, returns = generalized_advantages(
+        rewards, values, next_values, ends, jnp.zeros_like(ends), gamma=0.99, lam=1.0
+    )
+    close(advantages, expected)
+    close(returns, values + np.array(expected))
+
+
+def test_discounted_returns_equal_rlax():
+    # rlax/_src/multistep_test.py, DiscountedReturnsTest.
+    rewards = array([[1, 0, -1, 0, 1], [0.5, 0.8, -0.7, 0, 2.1]])
+    discounts = array([[0.5, 0.9, 1, 0.5, 0.8], [0.9, 0.5, 0.3, 0.8, 0.7]])
+    returns = discounted_returns(rewards.T, discounts.T, array([3, 2.7]))
+    close(returns.T, [[1.315, 0.63, 0.7, 1.7, 3.4], [1.33592, 0.9288, 0.2576, 3.192, 3.99]])
+
+
+# Generalized advantages: vectors are [batch, time + 1] as published, ours is time first.
+
+
+def gae(rewards, values, terminated=None, truncated=None, *, gamma, lam, mask=None):
+    rewards, values = jnp.atleast_2d(array(rewards)), jnp.atleast_2d(array(values))
+    flags = [jnp.zeros(rewards.shape) if x is None else jnp.atleast_2d(array(x)) for x in (terminated, truncated)]
+    arrays = rewards, values[:, :-1], values[:, 1:], *flags
+    lam = lam if np.ndim(lam) == 0 else array(lam).T
+    advantages, returns = generalized_advantages(*(x.T for x in arrays), gamma=gamma, lam=lam)
+    close(returns, advantages + values[:, :-1].T)
+    return advantages.T
+
+
+@pytest.mark.parametrize(
+    ("lam", "first", "second"),
+    [
+        (1.0, [-1.45118, -4.4557, 2.5396, 0.5249, -0.49], [3, 2, 1, 0, -4.9]),
+        (0.7, [-0.676979, -5.248167, 2.4846, 0.6704, -0.49], [2.2899, 1.73, 1, 0, -4.9]),
+        (0.4, [0.56731, -6.042, 2.3431, 0.815, -0.49], [1.725, 1.46, 1, 0, -4.9]),
+    ],
+)
+def test_generalized_advantages_equal_rlax(lam, first, second):
+    # rlax/_src/multistep_test.py, TruncatedGAETest; written to 3 to 6 digits there.
+    near = functools.partial(np.testing.assert_allclose, atol=1e-3)
+    near(gae([0, 0, 1, 0, -0.5], [1, 4, -3, -2, -1, -1], gamma=0.99, lam=lam)[0], first)
+    near(gae([0, 0, 0, 0, 1], [-3, -2, -1, 0, 5, -1], [0, 0, 0, 1, 0], gamma=0.9, lam=lam)[0], second)
+
+
+AT_TWO, NEVER = [0, 0, 1, 0], [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("lam", "terminated", "truncated", "expected"),
+    [
+        (1.0, NEVER, AT_TWO, [-0.271, -0.19, -0.1, 8]),
+        (1.0, AT_TWO, NEVER, [-1, -1, -1, 8]),
+        (0.9, NEVER, AT_TWO, [-0.24661, -0.181, -0.1, 8]),
+        (0.9, AT_TWO, NEVER, [-0.8371, -0.91, -1, 8]),
+        (0.9, AT_TWO, AT_TWO, [-0.8371, -0.91, -1, 8]),
+        (0.9, NEVER, NEVER, [4.004918, 5.0678, 6.38, 8]),
+    ],
+)
+def test_truncation_bootstraps_and_termination_does_not(lam, terminated, truncated, expected):
+    # Stoix (stoix/tests/multistep_test.py) with λ = 1; the first two entries follow by its recursion.
+    close(gae([0, 0, 0, 0], [1, 1, 1, 1, 10], terminated, truncated, gamma=0.9, lam=lam)[0], expected, rtol=2e-6)
+
+
+def test_several_truncations_equal_stoix():
+    rewards, values, truncated = [0, 1, 0, 0, 0, 1, 0], [0, 1, 2, 1, 0, 1, 0, 0], [0, 0, 1, 0, 1, 0, 0]
+    expected = [1.629, 0.81, -1.1, -0.19, 0.9, 0, 0]
+    close(gae(rewards, values, None, truncated, gamma=0.9, lam=1.0)[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("lam", [1.0, 0.7, 0.4])
+def test_a_truncated_step_has_its_td_error_and_others_are_untouched(lam):
+    rewards = [[0, 0, 1, 0, -0.5], [0, 0, 0, 0, 1]]
+    values = [[1, 4, -3, -2, -1, -1], [-3, -2, -1, 0, 5, -1]]
+    cut = gae(rewards, values, None, [[0, 0, 0, 0, 0], [0, 0, 0, 1, 0]], gamma=0.9, lam=lam)
+    plain = gae(rewards, values, gamma=0.9, lam=lam)
+    close(cut[0], plain[0])
+    close(cut[1, 4], plain[1, 4])
+    close(cut[1, 3], 0 + 0.9 * 5 - 0)
+
+
+def test_termination_and_truncation_in_one_batch_equal_stoix():
+    rewards = [[1, 0, 0], [0, 0.5, 0], [0, 0, 2]]
+    values = [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0.5, 0]]
+    terminated, truncated = [[0, 0, 1], [0, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 1], [0, 0, 0]]
+    expected = [[0, -1, 0], [-0.55, -0.5, -1], [0.62, 0.8, 1.5]]
+    close(gae(rewards, values, terminated, truncated, gamma=0.9, lam=1.0), expected, atol=1e-6)
+
+
+def test_an_endless_reward_is_worth_that_much_across_time_limits():
+    # One reward a step for ever, cut every 8 steps: with V = 1 / (1 - γ) there is nothing left to learn.
+    value, steps = 1 / (1 - 0.98), jnp.arange(64)
+    constant = jnp.full(64, value)
+    advantages, returns = generalized_advantages(
+        jnp.ones(64), constant, constant, jnp.zeros(64), steps % 8 == 7, gamma=0.98, lam=0.95
+    )
+    close(advantages, 0, atol=1e-4)
+    close(returns, 50)
+
+
+SHAPE = (6, 2)
+floats = hnp.arrays(np.float32, (3, *SHAPE), elements=st.floats(-10, 10, width=32))
+flags = hnp.arrays(bool, (2, *SHAPE))
+lams = st.floats(0, 1, width=32)
+
+
+@jax.jit
+def forms(arrays, flags, lam):
+    rewards, values, next_values = arrays
+    terminated, truncated = flags
+    estimate = functools.partial(generalized_advantages, gamma=0.9)
+    return {
+        "as is": estimate(rewards, values, next_values, terminated, truncated, lam=lam),
+        "λ as an array": estimate(
+            rewards, values, next_values, terminated, truncated, lam=jnp.broadcast_to(lam, SHAPE)
+        ),
+        # The other form of the same thing: the value behind a truncation is folded into the reward, then both end.
+        "folded": estimate(
+            rewards + 0.9 * next_values * (truncated & ~terminated),
+            values,
+            next_values,
+            terminated | truncated,
+            jnp.zeros_like(truncated),
+            lam=lam,
+        ),
+        "all truncated": estimate(rewards, values, next_values, terminated, jnp.ones_like(truncated), lam=lam),
+    }
+
+
+@given(floats, flags, lams)
+def test_both_forms_of_bootstrapping_agree_and_so_do_scalar_and_array_lambda(arrays, flags, lam):
+    results = forms(arrays, flags, lam)
+    for name in ("λ as an array", "folded"):
+        for ours, other in zip(results["as is"], results[name], strict=True):
+            close(ours, other, atol=1e-4, err_msg=name)
+
+
+@given(floats, flags)
+def test_lambda_zero_gives_td_errors(arrays, flags):
+    rewards, values, next_values = arrays
+    td_errors = rewards + 0.9 * np.where(flags[0], 0, next_values) - values
+    close(forms(arrays, flags, 0.0)["as is"][0], td_errors, atol=1e-5)
+    close(forms(arrays, flags, 0.7)["all truncated"][0], td_errors, atol=1e-5)
+
+
+@given(floats, flags)
+def test_lambda_one_gives_returns_minus_values(arrays, flags):
+    rewards, values, next_values = arrays
+    next_values[:-1] = values[1:]  # Where an episode goes on, the next value is that of the next step.
+    terminated, truncated = flags
+    folded = rewards + 0.9 * next_values * (truncated & ~terminated)
+    discounts = 0.9 * ~(terminated | truncated)
+    returns = RETURNS(folded, discounts.astype(np.float32), next_values[-1])
+    close(forms(arrays, flags, 1.0)["as is"][1], returns, atol=1e-4)
+
+
+RETURNS = jax.jit(discounted_returns)
+
+
+def test_a_mask_passes_over_steps():
+    rng = np.random.default_rng(0)
+    rewards, values, next_values = (rng.normal(size=(9, 3)).astype(np.float32) for _ in range(3))
+    terminated, truncated = rng.random((2, 9, 3)) < 0.2
+    mask = rng.random((9, 3)) < 0.6
+    estimate = jax.jit(functools.partial(generalized_advantages, gamma=0.9, lam=0.8))
+    arrays = rewards, values, next_values, terminated, truncated
+    advantages, returns = estimate(*(np.where(mask, x, np.nan if x.dtype != bool else True) for x in arrays), mask=mask)
+    assert not advantages[~mask].any()
+    assert not returns[~mask].any()
+    for column in range(3):
+        kept = [jnp.asarray(x[mask[:, column], column]) for x in arrays]
+        expected = generalized_advantages(*kept, gamma=0.9, lam=0.8)
+        close(advantages[mask[:, column], column], expected[0], rtol=1e-5, atol=1e-6)
+        close(returns[mask[:, column], column], expected[1], rtol=1e-5, atol=1e-6)
+
+
+def test_one_flag_for_termination_and_truncation_is_refused():
+    with pytest.raises(ValueError, match=r"needs `terminated` and `truncated` as two arrays.*truncated=jnp.zeros_like"):
+        generalized_advantages(jnp.zeros(3), jnp.zeros(3), jnp.zeros(3), jnp.zeros(3), gamma=0.9, lam=0.9)
+
+
+# Groups
+
+
+def test_the_advantages_of_the_guide():
+    advantages = group_relative_advantages(array([8, 6, 7, 9, 7, 6, 7, 10]), 8, scale_rewards="none")
+    close(advantages, [0.5, -1.5, -0.5, 1.5, -0.5, -1.5, -0.5, 2.5])
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "rloo"])
+def test_advantages_of_groups_equal_trl(scale):
+    rewards = array([1, 0, 0.5, 0, 2, 2, 2, 2, -1, 3, 0, 1])
+    expected = fixture.GOLDEN["adv R=[1,0,.5,0|2,2,2,2|-1,3,0,1] G=4"][scale]
+    if scale == "rloo":
+        advantages = leave_one_out_advantages(rewards, 4)
+    else:
+        advantages = group_relative_advantages(rewards, 4, scale_rewards=scale)
+    np.testing.assert_allclose(advantages, expected, rtol=fixture.RTOL)
+
+
+REWARDS = array([0.57450, 0.09969, 0.74197, 0.89418, 0.59657, 0.45325])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"scale_rewards": "none"}, [0.10245, -0.372365, 0.269915, 0.246179, -0.051432, -0.194747]),
+        ({"epsilon": 1e-6}, [0.307498, -1.117636, 0.810138, 1.094526, -0.228671, -0.865855]),
+    ],
+)
+def test_advantages_of_groups_equal_tunix(options, expected):
+    # Tunix's rewards are known to five digits.
+    np.testing.assert_allclose(group_relative_advantages(REWARDS, 3, **options), expected, atol=3e-5)
+
+
+def test_two_rewards_have_opposite_advantages():
+    # (1 - 2) / (√2 + 1e-4), with the sample's deviation (ddof 1).
+    close(group_relative_advantages(array([1, 3]), 2), [-0.7070568, 0.7070568])
+
+
+@pytest.mark.parametrize(("size", "expected"), [(3, [-1.5, 0, 1.5, -1.5, 0, 1.5]), (1, np.zeros(6)), (2, [-1, 1] * 3)])
+def test_leave_one_out_advantages_equal_tunix(size, expected):
+    close(leave_one_out_advantages(array([1, 2, 3, 4, 5, 6]), size), expected)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_group_of_one_or_without_differences_has_no_advantage(scale):
+    close(group_relative_advantages(array([3, 4]), 1, scale_rewards=scale), [0, 0])
+    close(group_relative_advantages(jnp.full(6, 0.1), 3, scale_rewards=scale), 0, atol=1e-3)
+
+
+rewards = hnp.arrays(np.float32, 12, elements=st.floats(-10, 10, width=32))
+holes = hnp.arrays(bool, 12)
+
+
+@jax.jit
+def all_advantages(rewards):
+    groups = {s: group_relative_advantages(rewards, 4, scale_rewards=s) for s in ("group", "batch", "none")}
+    return groups | {"leave_one_out": leave_one_out_advantages(rewards, 4)}
+
+
+@given(rewards, holes, st.floats(-8, 8, width=32))
+def test_advantages_sum_to_zero_in_each_group_and_ignore_a_shift(rewards, holes, shift):
+    rewards[holes] = np.nan
+    advantages, moved = all_advantages(rewards), all_advantages(rewards + shift)
+    for name in ("none", "leave_one_out"):
+        close(advantages[name].reshape(-1, 4).sum(-1), 0, atol=1e-5, err_msg=name)
+        close(advantages[name], moved[name], atol=1e-5, err_msg=name)
+
+
+@given(rewards)
+def test_scaling_divides_by_the_deviation_of_the_group_or_of_the_batch(rewards):
+    advantages = all_advantages(rewards)
+    deviation = np.repeat(rewards.astype(np.float64).reshape(3, 4).std(-1, ddof=1), 4)
+    close(advantages["group"] * (deviation + 1e-4), advantages["none"], atol=2e-5)
+    close(advantages["batch"] * (rewards.astype(np.float64).std(ddof=1) + 1e-4), advantages["none"], atol=2e-5)
+
+
+@given(rewards, holes)
+def test_completions_without_a_reward_count_nowhere(rewards, holes):
+    rewards[holes] = np.nan
+    groups = rewards.astype(np.float64).reshape(-1, 4)
+    count = (~np.isnan(groups)).sum(-1, keepdims=True)
+    total = np.nansum(groups, -1, keepdims=True)
+    centred = groups - total / np.maximum(count, 1)
+    others = np.where(count > 1, groups - (total - groups) / np.maximum(count - 1, 1), 0)
+    advantages = all_advantages(rewards)
+    close(advantages["none"], np.nan_to_num(centred).reshape(-1), atol=1e-5)
+    close(advantages["leave_one_out"], np.nan_to_num(others).reshape(-1), atol=1e-5)
+    assert all(np.isfinite(x).all() for x in advantages.values())
+
+
+def test_advantages_over_devices_are_those_of_the_whole():
+    rewards = np.random.default_rng(0).normal(size=16).astype(np.float32)
+    rewards[3] = np.nan
+    whole = functools.partial(group_relative_advantages, group_size=2, scale_rewards="batch")
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    mapped = functools.partial(whole, axis_name="data")
+    sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
+    close(sharded(rewards), jax.jit(whole)(rewards))
+
+
+@pytest.mark.parametrize("size", [0, 4])
+def test_a_group_size_that_does_not_divide_the_rewards_is_refused(size):
+    for advantages in (group_relative_advantages, leave_one_out_advantages):
+        with pytest.raises(ValueError, match=f"must divide the number of rewards, got 6 rewards and group_size={size}"):
+            advantages(REWARDS, size)
+
+
+def test_an_unknown_scale_is_refused():
+    with unchecked(), pytest.raises(ValueError, match=r"scale_rewards must be one of .*'group'.*, got 'row'"):
+        group_relative_advantages(REWARDS, 3, scale_rewards="row")
