@@ -8,7 +8,7 @@ check them at every call, and in production they cost nothing. The letters of th
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from jaxrl_llm.xla_cpu import warn_if_miscompiling
 
@@ -20,8 +20,8 @@ Scalar: TypeAlias = Float[Array, ""]
 Numeric: TypeAlias = int | float | Num[Array, ""]
 """A hyperparameter: a Python number, or a (possibly traced) scalar, so that it can be scheduled, vmapped or learned."""
 
-Mask: TypeAlias = Bool[Array, "*shape"] | Int[Array, "*shape"] | Float[Array, "*shape"]
-"""Nonzero where an element counts."""
+Mask: TypeAlias = Shaped[Array, "..."]
+"""Booleans or numbers, nonzero where an element counts."""
 
 Params: TypeAlias = Any
 """A pytree of arrays: the inner tree of a model, without the `{"params": …}` around it."""

@@ -50,7 +50,7 @@ def training_loop(
         state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
     done = start or 0
     with (
-        RunLogger(folder, config=settings, resume_step=start, overwrite=config.overwrite) as logger,
+        RunLogger(folder, config=settings, resume_step=start, overwrite=config.overwrite or config.resume) as logger,
         interruptible() as interrupt,
         Progress(max(total_steps, 1), label, start=done, show=show) as progress,
     ):

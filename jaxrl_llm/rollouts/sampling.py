@@ -34,6 +34,8 @@ def filter_logits(
 ) -> Float[Array, "rows vocab"]:
     """Sets to -inf the logits of the tokens that may not be sampled; the most likely one always may.
 
+    Tokens exactly as likely as the last one that top-k or top-p keeps are kept too: no filter depends on their order.
+
     Args:
         logits: Temperature-scaled logits.
         top_k: Keep the k most likely tokens; 0 keeps all. Static.
@@ -51,7 +53,8 @@ def filter_logits(
         ranked = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ranked, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
-        kept = (before < top_p).at[:, 0].set(True)
+        kept = (before < top_p) | (top_p >= 1)  # rounding can lift `before` to 1 long before the last token
+        kept = kept.at[:, 0].set(True)
         lowest = jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     if not is_off(min_p, 0.0):
@@ -61,7 +64,17 @@ def filter_logits(
 
 
 def left_pad(ids: Int[Array, "batch time"], mask: Mask) -> tuple[Int[Array, "batch time"], Bool[Array, "batch time"]]:
-    """Moves the real tokens of each row to its end, in their order, wherever the padding was."""
+    """Moves the real tokens of each prompt to the end of its row, in their order, wherever the padding was.
+
+    Raises:
+        ValueError: If the mask has another shape than the ids, or if the rows have no room for a token.
+    """
     real = jnp.asarray(mask) != 0
+    if real.shape != ids.shape:
+        raise ValueError(f"prompt_mask must have the shape of prompt_ids, {ids.shape}, got {real.shape}.")
+    if ids.shape[1] == 0:
+        raise ValueError(
+            f"prompt_ids must have at least one token in each row, got shape {ids.shape}. Start with a BOS token."
+        )
     order = jnp.argsort(real, axis=-1, stable=True)
     return jnp.take_along_axis(ids, order, axis=-1), jnp.take_along_axis(real, order, axis=-1)

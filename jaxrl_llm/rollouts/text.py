@@ -83,10 +83,10 @@ def generate(
         `Completions` with batch × num_generations rows.
 
     Raises:
-        ValueError: If `max_new_tokens` or `num_generations` is not positive, or a filter is out of range.
+        ValueError: If a setting is out of range, or if the shapes of the prompts do not fit.
     """
     _check(max_new_tokens, num_generations, temperature, top_k, top_p, min_p, repetition_penalty)
-    prompt_ids, prompt_real = left_pad(prompt_ids, prompt_mask)
+    prompt_ids, prompt_real = left_pad(prompt_ids.astype(jnp.int32), prompt_mask)
     with jax.named_scope("prefill"):
         cache = _prefill(apply, params, prompt_ids, prompt_real, max_new_tokens)
     cache, prompt_ids, prompt_real = _repeat(cache, prompt_ids, prompt_real, num_generations)
@@ -104,7 +104,8 @@ def generate(
             logits = penalize_repetition(logits, history, history_mask, repetition_penalty)
         allowed = filter_logits(logits / scale, top_k=top_k, top_p=top_p, min_p=min_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, decoding.step)
-        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), jax.vmap(jax.random.categorical)(keys, allowed))
+        sampled = jax.vmap(jax.random.categorical)(keys, allowed)
+        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
         return token, jnp.where(greedy, 0, token_log_probs(allowed, token))
 
     def body(decoding: _Decoding) -> _Decoding:
@@ -142,8 +143,9 @@ def generate(
 
 def _prefill(apply: Apply, params: Params, ids: Array, real: Array, max_new_tokens: int) -> KVCache:
     """Reads all but the last token of each prompt, which the loop reads first."""
-    if ids.shape[1] == 1:  # nothing to read: one slot of padding makes the empty cache
-        ids, real = jnp.pad(ids, ((0, 0), (1, 0))), jnp.pad(real, ((0, 0), (1, 0)))
+    if ids.shape[1] == 1:  # nothing to read: a masked token makes the cache, and the loop writes over it
+        cache = apply({"params": params}, ids, mask=jnp.zeros_like(real), cache=max_new_tokens, output="hidden")[1]
+        return cache._replace(length=jnp.zeros_like(cache.length))
     slots = ids.shape[1] - 1 + max_new_tokens
     return apply({"params": params}, ids[:, :-1], mask=real[:, :-1], cache=slots, output="hidden")[1]
 

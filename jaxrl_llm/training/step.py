@@ -158,9 +158,9 @@ def _mark_varying(tree: Params, axis_name: str | None) -> Params:
     """Marks replicated leaves as varying over the axis, so that the gradient is this device's share.
 
     (Under `shard_map` with check_vma, the gradient of a replicated leaf would be summed over devices by itself, and
-    our own sum would count it once for each device.)
+    our own sum would count it once for each device. Under `vmap` there is nothing to mark.)
     """
-    if axis_name is None:
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
         return tree
 
     def mark(x: Array) -> Array:

@@ -83,9 +83,16 @@ def test_the_steps_are_those_of_torch(name, decay):
     close(history, by_formula(name, decay=decay))
 
 
-def test_the_adam_of_the_guide_equals_optax_in_single_precision():
-    history = follow(make_optimizer("adam", learning_rate=0.1), jnp.array(START, jnp.float32), jnp.array(GRADIENTS))
-    close(history, by_formula("adam"), atol=1e-6)
+def test_the_adam_of_the_guide_equals_optax():
+    optimizer = make_optimizer("adam", learning_rate=1e-3)
+    history = follow(optimizer, jnp.array(START, jnp.float32), jnp.array(GRADIENTS))
+    theta, m, v = START.copy(), np.zeros(4), np.zeros(4)
+    for t, gradient in enumerate(GRADIENTS, start=1):
+        m = 0.9 * m + (1 - 0.9) * gradient
+        v = 0.999 * v + (1 - 0.999) * gradient**2
+        m_hat, v_hat = m / (1 - 0.9**t), v / (1 - 0.999**t)
+        theta = theta - 1e-3 * m_hat / (np.sqrt(v_hat) + 1e-8)
+        close(history[t - 1], theta)
 
 
 def test_a_hundred_adam_steps_of_a_constant_gradient_are_a_tenth():
@@ -121,17 +128,18 @@ def amsgrad_by_formula(gradients, corrected_before):
 def test_amsgrad_takes_the_maximum_of_the_corrected_moment_as_optax_does():
     with jax.enable_x64(True):
         history = follow(make_optimizer("amsgrad", learning_rate=0.1), jnp.asarray(START), jnp.asarray(GRADIENTS))
-    close(history[-1], amsgrad_by_formula(GRADIENTS, corrected_before=True))
+    last = np.asarray(history)[-1]
+    close(last, amsgrad_by_formula(GRADIENTS, corrected_before=True))
     torch = amsgrad_by_formula(GRADIENTS, corrected_before=False)
     close(torch, by_formula("amsgrad")[-1])
-    assert np.abs(history[-1] - torch).max() > 0.01
+    assert np.abs(last - torch).max() > 0.01
 
 
 def test_amsgrad_equals_torch_where_gradients_do_not_shrink():
     constant = np.tile([1.0, -2.0, 0.5, 3.0], (20, 1))
     with jax.enable_x64(True):
         history = follow(make_optimizer("amsgrad", learning_rate=0.1), jnp.asarray(START), jnp.asarray(constant))
-    close(history, by_formula("amsgrad", constant))
+    close(history, by_formula("amsgrad", constant), atol=1e-9)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -210,7 +218,7 @@ def test_learning_rates_and_decays_may_be_traced_and_swept(kind):
         return follow(optimizer, jnp.array([1.0, -2.0]), jnp.ones((3, 2)))
 
     rates, decays = jnp.array([0.1, 0.01]), jnp.array([0.0, 0.1])
-    close(jax.vmap(run)(rates, decays), [run(*setting) for setting in zip(rates, decays, strict=True)])
+    close(jax.jit(jax.vmap(run))(rates, decays), [run(*setting) for setting in zip(rates, decays, strict=True)])
 
 
 @pytest.mark.parametrize(

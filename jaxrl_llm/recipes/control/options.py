@@ -14,17 +14,23 @@ from jaxrl_llm.recipes.options import RunOptions, require, require_at_least
 from jaxrl_llm.rollouts.environment import make_environment, num_discrete_actions, observation_shape
 from jaxrl_llm.types import Numeric, Params
 
-Hyperparameter: TypeAlias = Annotated[
-    Numeric,
-    tyro.constructors.PrimitiveConstructorSpec(
+
+def _number_on_the_command_line(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
+    """Tells tyro how to read a field that may also hold a traced number."""
+    return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
-        metavar="FLOAT",
-        instance_from_str=lambda strings: float(strings[0]),
-        is_instance=lambda value: isinstance(value, int | float),
+        metavar=metavar,
+        instance_from_str=lambda strings: None if strings == ["None"] and "None" in metavar else float(strings[0]),
+        is_instance=lambda value: isinstance(value, int | float | None),
         str_from_instance=lambda value: [str(value)],
-    ),
-]
+    )
+
+
+Hyperparameter: TypeAlias = Annotated[Numeric, _number_on_the_command_line("FLOAT")]
 """A field of a Config that may be traced: a number on the command line, a `vmap`ped scalar in a sweep."""
+
+OptionalHyperparameter: TypeAlias = Annotated[Numeric | None, _number_on_the_command_line("FLOAT|None")]
+"""The same, or None: then what it governs is left out of the program."""
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 

@@ -35,7 +35,7 @@ from jaxrl_llm.log_probs import token_entropy, token_log_probs
 from jaxrl_llm.losses import ppo_loss
 from jaxrl_llm.optimizers import make_optimizer
 from jaxrl_llm.recipes.control import runner
-from jaxrl_llm.recipes.control.options import ControlOptions, Hyperparameter
+from jaxrl_llm.recipes.control.options import ControlOptions, Hyperparameter, OptionalHyperparameter
 from jaxrl_llm.recipes.control.runner import Curves, RunnerState
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.reductions import masked_standardize
@@ -72,7 +72,7 @@ class Config(ControlOptions):
     """λ of the advantage estimates, in [0, 1]: 0 trusts the value function, 1 the observed returns."""
     clip_eps: Hyperparameter = 0.2
     """Half-width of the interval around 1 that the probability ratio is clipped to."""
-    vf_clip_eps: Hyperparameter | None = 0.2
+    vf_clip_eps: OptionalHyperparameter = 0.2
     """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip.
     (Without it the other defaults often fail on CartPole-v1.)"""
     ent_coef: Hyperparameter = 0.01
@@ -83,7 +83,7 @@ class Config(ControlOptions):
     """Bound on the global norm of the gradient."""
     normalize_advantage: bool = True
     """Standardise the advantages in each minibatch."""
-    target_kl: Hyperparameter | None = None
+    target_kl: OptionalHyperparameter = None
     """Skip the remaining epochs of an update once the mean KL divergence of an epoch, in nats, exceeds this."""
 
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from rich import print as rich_print
 
 from jaxrl_llm.data import (
     PreferenceBatch,
@@ -32,6 +31,7 @@ from jaxrl_llm.losses.preference import DPOLossType
 from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
+from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows
 from jaxrl_llm.reductions import row_weights
 from jaxrl_llm.rollouts import score_tokens
@@ -161,7 +161,10 @@ def run(config: Config) -> dict[str, Any]:
         tokenize_preference_rows([examples[i] for i in indices], model.tokenizer, max_length=config.max_length)
         for indices in split_indices(len(examples), held_out=config.eval_fraction, seed=0)
     )
-    rich_print(f"{config.dataset}: train {train}, held out {held_out}; {model.num_params:,} parameters")
+    facts(
+        f"DPO on {config.dataset}",
+        {"training": train, "held out": held_out, "parameters": model.num_params, "folder": config.output_dir},
+    )
 
     length = max(_length(row) for row in train.rows + held_out.rows)
     collate = partial(collate_preference, pad_id=model.pad_id, length=length)
@@ -219,7 +222,7 @@ def run(config: Config) -> dict[str, Any]:
     if complete_run:
         figures["model"] = str(Path(config.output_dir) / "model")
         save_pretrained(figures["model"], model.module, state.params, model.tokenizer)
-    rich_print(figures)
+    facts("Result", figures)
     return figures
 
 

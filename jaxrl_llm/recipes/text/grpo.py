@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
-from rich import print as rich_print
 
 from jaxrl_llm.advantages import ScaleRewards, group_relative_advantages
 from jaxrl_llm.data import batch_indices, prompt_example, split_indices
@@ -31,6 +30,7 @@ from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.optimizers.first_order import ScheduleName
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
+from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows
 from jaxrl_llm.recipes.text.prompts import (
     HostRewards,
@@ -317,8 +317,14 @@ def run(config: Config) -> dict[str, Any]:
     init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
     model = load_model(config, init_key)
     train, held_out = _tables(model, config)
-    rich_print(
-        f"{config.dataset}: {len(train.tokens)} prompts, {len(held_out.tokens)} held out; {model.num_params:,} parameters"
+    facts(
+        f"GRPO on {config.dataset}",
+        {
+            "training": f"{len(train.tokens)} prompts",
+            "held out": f"{len(held_out.tokens)} prompts",
+            "parameters": model.num_params,
+            "folder": config.output_dir,
+        },
     )
     updates = config.max_steps * config.num_iterations
     optimizer, schedule = config.optimizer(updates), config.schedule(updates)
@@ -328,12 +334,12 @@ def run(config: Config) -> dict[str, Any]:
     iterate = _compiled_iteration(model, optimizer, rewards, train, config)
     held_out_reward = make_evaluation(model, rewards, held_out, config)
 
-    def update(state: TrainState, index: int) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, index: int) -> tuple[TrainState, dict[str, Any]]:
         indices = batch_indices(len(train.tokens), config.num_prompts, seed=config.seed, step=index)
         state, metrics = iterate(state, indices, train_key, ref_params)
         return state, metrics | {"learning_rate": schedule(index * config.num_iterations)}
 
-    def evaluate(state: TrainState) -> Metrics:
+    def evaluate(state: TrainState) -> dict[str, Any]:
         return {"eval_reward": held_out_reward(state.params, eval_key)}
 
     before = float(held_out_reward(model.params, eval_key))
@@ -350,7 +356,7 @@ def run(config: Config) -> dict[str, Any]:
     if complete_run:
         figures["model"] = str(Path(config.output_dir) / "model")
         save_pretrained(figures["model"], model.module, state.params, model.tokenizer)
-    rich_print(figures)
+    facts("Result", figures)
     return figures
 
 
@@ -378,7 +384,7 @@ def _compiled_iteration(
     rewards: HostRewards | TracedRewards,
     table: PromptTable,
     config: Config,
-) -> Callable[..., tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
     """Makes `iterate(state, indices, key, ref_params)`: one program, or two with the rewards on the host between them."""
     ids = {"eos_id": model.tokenizer.eos_token_id, "pad_id": model.pad_id}
     if isinstance(rewards, TracedRewards):

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
-from rich import print as rich_print
 
 from jaxrl_llm.data import (
     TokenBatch,
@@ -33,6 +32,7 @@ from jaxrl_llm.losses import cross_entropy_loss
 from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
+from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_model, load_rows
 from jaxrl_llm.reductions import token_weights
 from jaxrl_llm.rollouts import score_tokens
@@ -67,7 +67,7 @@ class Config(RunOptions, ModelOptions, OptimizerOptions):
     max_steps: int = 0
     """Steps of the run; 0: as many as the epochs have."""
     eval_exact_match: bool = False
-    """Complete held-out prompts greedily at the end of the run, and report how many completions are exactly right."""
+    """Complete held-out prompts greedily before and after, and report the share of completions that are exactly right."""
 
 
 class Batch(NamedTuple):
@@ -129,7 +129,8 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, evaluates and saves; returns the figures of the run.
 
     Returns:
-        `model` (folder of the trained model), `eval_loss` (nats for each token), and `eval_exact_match` if asked for.
+        `eval_loss` (nats for each token), of a complete run `model` (folder of the trained model), and, if asked for,
+        `eval_exact_match_before` and `eval_exact_match`.
 
     Raises:
         ValueError: If a setting or a row of the data is wrong.
@@ -149,7 +150,10 @@ def run(config: Config) -> dict[str, Any]:
         for indices in (train_indices, eval_indices)
     )
     length = max(len(row.ids) for row in train.rows + held_out.rows)
-    rich_print(f"{config.dataset}: train {train}, held out {held_out}; {model.num_params:,} parameters")
+    facts(
+        f"SFT on {config.dataset}",
+        {"training": train, "held out": held_out, "parameters": model.num_params, "folder": config.output_dir},
+    )
 
     batch_size = config.per_device_train_batch_size
     epoch_steps = len(train.rows) / batch_size
@@ -167,10 +171,20 @@ def run(config: Config) -> dict[str, Any]:
     def update(state, index):
         indices = batch_indices(len(train.rows), batch_size, seed=config.seed, step=index)
         batch = collate_sft([train.rows[i] for i in indices], pad_id=model.pad_id, length=length)
-        state, metrics = step(state, Batch(*batch), train_key)
+        state, metrics = step(state, Batch(*map(jnp.asarray, batch)), train_key)
         return state, metrics | {"learning_rate": schedule(index), "epoch": (index + 1) / epoch_steps}
 
     held_out_loss = make_evaluation(model, config, held_out.rows, length)
+    longest = max(int(row.loss_mask.sum()) for row in held_out.rows)
+    held_out_examples = [examples[eval_indices[i]] for i in held_out.kept]
+
+    def exact_match(params: Params) -> float:
+        prompts = [tokenize_prompt(example.prompt, model.tokenizer) for example in held_out_examples]
+        texts = complete(model, params, prompts, eval_key, max_new_tokens=longest)
+        answers = [example.completion for example in held_out_examples]
+        return float(np.mean([text == answer for text, answer in zip(texts, answers, strict=True)]))
+
+    before = {"eval_exact_match_before": exact_match(model.params)} if config.eval_exact_match else {}
     state, complete_run = training_loop(
         config,
         init_train_state(model.params, optimizer),
@@ -180,19 +194,13 @@ def run(config: Config) -> dict[str, Any]:
         evaluate=lambda state: held_out_loss(state.params),
         show=("loss", "eval_loss", "eval_mean_token_accuracy"),
     )
-    figures: dict[str, Any] = {k: float(v) for k, v in held_out_loss(state.params).items()}
-    if not complete_run:
-        return figures
-    figures["model"] = str(Path(config.output_dir) / "model")
-    save_pretrained(figures["model"], model.module, state.params, model.tokenizer)
-    if config.eval_exact_match:
-        rows = [examples[eval_indices[i]] for i in held_out.kept]
-        prompts = [tokenize_prompt(example.prompt, model.tokenizer) for example in rows]
-        answers = [str(example.completion) for example in rows]
-        longest = max(int(row.loss_mask.sum()) for row in held_out.rows)
-        texts = complete(model, state.params, prompts, eval_key, max_new_tokens=longest)
-        figures["eval_exact_match"] = float(np.mean([a == b for a, b in zip(texts, answers, strict=True)]))
-    rich_print(figures)
+    figures: dict[str, Any] = {k: float(v) for k, v in held_out_loss(state.params).items()} | before
+    if complete_run:
+        if config.eval_exact_match:
+            figures["eval_exact_match"] = exact_match(state.params)
+        figures["model"] = str(Path(config.output_dir) / "model")
+        save_pretrained(figures["model"], model.module, state.params, model.tokenizer)
+    facts("Result", figures)
     return figures
 
 
