@@ -53,6 +53,9 @@ def _run(name: str, options: list[str]) -> None:
     config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=module.__doc__, args=options)
     try:
         module.run(config)
+    except KeyboardInterrupt:
+        print(f"\njaxrl-llm {name}: stopped at once.", file=sys.stderr)
+        sys.exit(130)  # what shells give to a program that Ctrl-C ended
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if os.environ.get("JAXRL_LLM_TRACEBACK"):
             raise

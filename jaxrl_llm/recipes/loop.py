@@ -32,7 +32,7 @@ def training_loop(
     uninterrupted one, bit for bit.
 
     Args:
-        config: Settings of the recipe; all of its fields are written to config.json.
+        config: Settings of the recipe, which are written to config.json; how it was started (`resume`, `overwrite`) is not.
         state: Before the first step; the newest checkpoint replaces it if `config.resume` is set.
         update: One step; may donate the state.
         total_steps: Where the run ends.
@@ -45,10 +45,10 @@ def training_loop(
     """
     folder = Path(config.output_dir)
     start = checkpoints.latest_step(folder / "checkpoints") if config.resume else None
-    settings = dataclasses.asdict(config)
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite")}
     if start is not None:
         state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
-    done = start or 0
+    done = saved = start or 0
     with (
         RunLogger(folder, config=settings, resume_step=start, overwrite=config.overwrite or config.resume) as logger,
         interruptible() as interrupt,
@@ -68,8 +68,11 @@ def training_loop(
             if evaluated or last or done % config.logging_steps == 0:
                 logger.log(done, metrics)
                 progress.update(done, metrics)
-            if last or interrupt.stop or done % config.save_steps == 0:
+            if last or done % config.save_steps == 0:
                 _save(folder, done, state, settings, config.save_total_limit)
+                saved = done
+        if saved < done:  # stopped by Ctrl-C, which may come at any point of the loop
+            _save(folder, done, state, settings, config.save_total_limit)
     if done < total_steps:
         rich_print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
     return state, done >= total_steps

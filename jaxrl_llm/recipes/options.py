@@ -67,8 +67,7 @@ class ModelOptions:
     model: str = ""
     """Folder or hub id of a GPT-2 to start from; empty: a new one with random weights and the sizes below."""
     tokenizer: str = "gpt2"
-    """Of a new model: a folder or hub id, `gpt2` (needs no network), or `characters:…`, one token for each character
-    that follows the colon."""
+    """Of a new model: a folder or hub id, `gpt2` (needs no network), or `characters:abc` (a token for each of a, b, c)."""
     n_layer: int = 4
     """Layers of a new model."""
     n_head: int = 4
@@ -78,8 +77,7 @@ class ModelOptions:
     n_positions: int = 256
     """Longest text of a new model, in tokens."""
     initializer_range: float = 0.02
-    """Standard deviation of the weights of a new model. GPT-2's 0.02 suits widths near 768; narrow models learn more
-    steadily with more, such as 0.1 at width 64."""
+    """Standard deviation of a new model's weights. 0.02 suits widths near 768; narrow models want more: 0.1 at width 64."""
     tie_word_embeddings: bool = True
     """Whether the head of a new model is its token embedding, as in GPT-2."""
     dropout: float = 0.0
@@ -142,7 +140,7 @@ class OptimizerOptions:
             require(
                 "warmup_steps",
                 self.warmup_steps,
-                f"less than the {total_steps} steps of the run",
+                f"less than {total_steps}, the steps of the run",
                 lambda steps: steps < total_steps,
             )
         return make_schedule(

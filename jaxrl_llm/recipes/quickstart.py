@@ -38,7 +38,7 @@ class Config:
     """Folder for everything that is written; what an earlier quickstart left there is replaced."""
     seed: int = 0
     """Seed of all three runs."""
-    sft_steps: int = 200
+    sft_steps: int = 300
     """Steps of supervised fine-tuning, on 64 right answers each."""
     grpo_steps: int = 300
     """Iterations of GRPO, on 64 prompts with 8 completions each."""
@@ -181,7 +181,7 @@ def _sections(folder: Path, results: ReportTable, samples: ReportTable, balanced
             "Loss (nats per token)": ["loss", "eval_loss"],
             "Accuracy of held-out tokens": ["eval_mean_token_accuracy"],
         },
-        "grpo": {"Reward (share right)": ["reward", "eval_reward"], "Entropy (nats per token)": ["policy/entropy_avg"]},
+        "grpo": {"Reward (share right)": ["reward", "eval_reward"], "Entropy (nats per token)": ["entropy"]},
     }
     paths = {name: folder / f"{name}.png" for name in images}
     for name, panels in images.items():

@@ -305,11 +305,10 @@ def test_resuming_with_steps_of_another_size_is_refused(finished, tmp_path):
         ppo.run(other)
 
 
-def test_a_run_tells_how_many_steps_it_really_takes_and_what_it_reached(finished):
-    config, _ = finished
-    plan = runner._plan(config)["environment steps"]
+def test_a_run_tells_how_many_steps_it_really_takes():
+    plan = runner.plan(TINY)["environment steps"]
     assert plan == "96 = 3 updates × 2 environments × 16 steps (4 of total_timesteps fill no update)"
-    divisible = runner._plan(dataclasses.replace(config, total_timesteps=96))["environment steps"]
+    divisible = runner.plan(dataclasses.replace(TINY, total_timesteps=96))["environment steps"]
     assert "fill no update" not in divisible
 
 

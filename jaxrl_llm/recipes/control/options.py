@@ -47,6 +47,8 @@ class ControlOptions(RunOptions):
     """Environments that run side by side."""
     num_steps: int = 128
     """Steps in each environment between two updates."""
+    seed: int = 0
+    """Seed of the run; of the first, if there are several."""
     num_seeds: int = 1
     """Independent runs at once, with seeds seed, seed + 1, and so on."""
     updates_per_step: int = 16

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Int, Num
 
 from jaxrl_llm.recipes.control.options import ControlOptions
@@ -50,7 +49,6 @@ Init: TypeAlias = Callable[[Key, Any], RunnerState]
 Update: TypeAlias = Callable[[RunnerState, Any, Key], tuple[RunnerState, Metrics]]
 """`update(state, config, key) -> (state, metrics)`: collects experience and learns from it. The key, which is of this
 update alone, is consumed."""
-
 
 Curves: TypeAlias = dict[str, Num[Array, "..."]]
 """Metrics of many updates, which are the last axis."""
@@ -124,7 +122,7 @@ def run_control(config: ControlOptions, init: Init, update: Update, *, label: st
     state = jax.jit(jax.vmap(init, in_axes=(0, None)), static_argnums=1)(init_keys, config)
     evaluations = make_evaluation(config)
     step = make_step(config, update)
-    facts(f"{label} on {config.env}", _plan(config))
+    facts(f"{label} on {config.env}", plan(config))
 
     def report(state: RunnerState) -> dict[str, Any]:
         return _summary(evaluations(state, eval_keys))
@@ -140,15 +138,21 @@ def run_control(config: ControlOptions, init: Init, update: Update, *, label: st
     )
     returns = evaluations(state, eval_keys)
     figures = {"timesteps": int(state.update[0]) * config.batch_size} | _summary(returns)
-    if complete:
-        figures |= {"train/return": final_return(config), "learning_curve": str(draw_learning_curve(config))}
-        rows = [[int(seed), *(float(returns[name][i].mean()) for name in returns)] for i, seed in enumerate(seeds)]
-        table(f"Mean return of {config.eval_episodes} episodes", ["seed", "greedy", "sampled"], rows)
-        facts("Result", figures)
+    return figures | _conclude(config, returns) if complete else figures
+
+
+def _conclude(config: ControlOptions, returns: dict[str, Array]) -> dict[str, Any]:
+    """Draws and prints what a complete run reached; returns the figures that only such a run has."""
+    means = zip(*(x.mean(-1).tolist() for x in returns.values()), strict=True)
+    rows = [[config.seed + i, *row] for i, row in enumerate(means)]
+    table(f"Mean return of {config.eval_episodes} episodes", ["seed", *returns], rows)
+    figures = {"train/return": final_return(config), "learning_curve": str(draw_learning_curve(config))}
+    facts("Training", figures)
     return figures
 
 
-def _plan(config: ControlOptions) -> dict[str, Any]:
+def plan(config: ControlOptions) -> dict[str, Any]:
+    """Tells what a run will do, above all how many environment steps it really takes."""
     steps = config.num_updates * config.batch_size
     left_out = config.total_timesteps - steps
     return {
@@ -217,9 +221,8 @@ def final_return(config: ControlOptions) -> float:
     """Computes the mean return of the episodes that ended in the last tenth of training, from metrics.jsonl."""
     steps = config.num_updates * config.batch_size
     records = [r for r in read_metrics(config.output_dir) if r.get("timesteps", 0) > 0.9 * steps]
-    counts = np.array([record["episode/count"] for record in records])
-    means = np.array([record["episode/return_mean"] for record in records])
-    return float(np.sum(np.where(counts > 0, means * counts, 0)) / np.maximum(counts.sum(), 1))
+    means, counts = ([record[f"episode/{name}"] for record in records] for name in ("return_mean", "count"))
+    return float(mean_over_episodes(jnp.array(means), jnp.array(counts)))
 
 
 def draw_learning_curve(config: ControlOptions) -> Path:

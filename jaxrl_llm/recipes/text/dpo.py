@@ -32,7 +32,7 @@ from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
 from jaxrl_llm.recipes.progress import facts
-from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows, require_room
 from jaxrl_llm.reductions import row_weights
 from jaxrl_llm.rollouts import score_tokens
 from jaxrl_llm.training import init_train_state, make_train_step
@@ -167,6 +167,7 @@ def run(config: Config) -> dict[str, Any]:
     )
 
     length = max(_length(row) for row in train.rows + held_out.rows)
+    require_room(model, length - 1, "lower max_length, or give a new model more n_positions")
     collate = partial(collate_preference, pad_id=model.pad_id, length=length)
     reference = jax.jit(partial(response_log_probs, model, dataclasses.replace(config, dropout=0.0)))
     # A copy, for the step gives the memory of its state away.

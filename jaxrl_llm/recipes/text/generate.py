@@ -16,7 +16,7 @@ from rich.text import Text
 from jaxrl_llm.data import tokenize_prompt
 from jaxrl_llm.data.formats import Instruction
 from jaxrl_llm.recipes.options import ModelOptions, require, require_at_least
-from jaxrl_llm.recipes.text.language_model import complete, load_model
+from jaxrl_llm.recipes.text.language_model import complete, load_model, require_room
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Config:
     instruction: bool = False
     """Put each prompt into the template of instructions, or the chat template of the tokenizer."""
     max_new_tokens: int = 64
-    """Longest completion, in tokens."""
+    """Longest completion, in tokens; fewer where the model has no room for them."""
     num_generations: int = 1
     """Completions of each prompt."""
     temperature: float = 0.0
@@ -55,12 +55,14 @@ def run(config: Config) -> list[str]:
     texts = [text.replace("\\n", "\n") for text in config.prompt]
     prompts = [Instruction(text) if config.instruction else text for text in texts]
     tokens = [tokenize_prompt(prompt, model.tokenizer) for prompt in prompts]
+    longest = max(map(len, tokens))
+    require_room(model, longest, "shorten the prompt")
     completions = complete(
         model,
         model.params,
         [np.asarray(ids) for ids in tokens for _ in range(config.num_generations)],
         key,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=min(config.max_new_tokens, model.module.config.n_positions - longest + 1),
         temperature=config.temperature,
         top_p=config.top_p,
     )

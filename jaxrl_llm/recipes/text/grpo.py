@@ -31,7 +31,7 @@ from jaxrl_llm.optimizers.first_order import ScheduleName
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
 from jaxrl_llm.recipes.progress import facts
-from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows, require_room
 from jaxrl_llm.recipes.text.prompts import (
     HostRewards,
     Prompts,
@@ -56,8 +56,7 @@ class Config(RunOptions, ModelOptions, OptimizerOptions):
     output_dir: str = "runs/grpo"
     """Folder for metrics, checkpoints and the trained model."""
     dataset: str = "sums"
-    """`sums`, a .json, .jsonl or .parquet file, or the name of a dataset. Rows have a `prompt`, and columns for the
-    rewards."""
+    """`sums`, a .json, .jsonl or .parquet file, or the name of a dataset; rows with `prompt` and columns for rewards."""
     split: str = "train"
     """Split of a dataset that has several."""
     eval_fraction: float = 0.1
@@ -69,8 +68,7 @@ class Config(RunOptions, ModelOptions, OptimizerOptions):
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward function; empty: all 1."""
     traceable_rewards: bool = False
-    """The reward functions are JAX functions `reward(completion_ids, completion_mask, **columns)`, where a column of
-    text `answer` comes as `answer_ids` and `answer_mask`: the whole iteration is compiled as one program."""
+    """Compile the whole iteration. Rewards are JAX functions of `completion_ids`, `completion_mask` and columns (`x_ids`)."""
     num_prompts: int = 32
     """Prompts of an iteration."""
     num_generations: int = 8
@@ -116,7 +114,7 @@ class Config(RunOptions, ModelOptions, OptimizerOptions):
     max_steps: int = 200
     """Iterations of the run."""
     eval_prompts: int = 512
-    """Held-out prompts that an evaluation completes greedily, at most."""
+    """Held-out prompts that an evaluation completes greedily, at most; evenly spread where there are more."""
 
 
 class Experience(NamedTuple):
@@ -192,7 +190,7 @@ def make_update(apply: Apply, head_kernel: HeadKernel, optimizer: optax.Gradient
 
     def loss_fn(params: Params, batch: Experience, key: Key) -> tuple[Scalar, Metrics]:
         statistics = score(params, batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask)
-        return grpo_loss(
+        loss, metrics = grpo_loss(
             statistics.log_probs,
             batch.old_log_probs,
             batch.advantages,
@@ -209,6 +207,8 @@ def make_update(apply: Apply, head_kernel: HeadKernel, optimizer: optax.Gradient
             entropy_coef=config.entropy_coef,
             weights=batch.weights,
         )
+        metrics["entropy"] = metrics.pop("policy/entropy_avg")  # TRL's name of it in GRPO
+        return loss, metrics
 
     def weights_fn(batch: Experience, axis_name: str | None) -> LossWeights:
         length = config.max_completion_length
@@ -288,12 +288,14 @@ def rollout_metrics(completions: Completions, rewards: Float[Array, " rows"], gr
     valid = ~jnp.isnan(rewards)
     groups, group_valid = rewards.reshape(-1, group_size), valid.reshape(-1, group_size)
     stds = jax.vmap(masked_std)(groups, group_valid)
+    # By comparison: the deviation of equal rewards may be a rounding error instead of 0.
+    lowest, highest = (jnp.min(jnp.where(group_valid, sign * groups, jnp.inf), axis=1) for sign in (1, -1))
     lengths, ended = completions.mask.sum(-1), ~completions.mask[:, -1]
     gap = jnp.abs(completions.log_probs - completions.sampling_log_probs)
     return {
         "reward": masked_mean(rewards, valid),
         "reward_std": stds.mean(),
-        "frac_reward_zero_std": jnp.mean(stds == 0),
+        "frac_reward_zero_std": jnp.mean(lowest >= -highest),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
@@ -317,6 +319,8 @@ def run(config: Config) -> dict[str, Any]:
     init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
     model = load_model(config, init_key)
     train, held_out = _tables(model, config)
+    tokens = max(train.length, held_out.length) + config.max_completion_length - 1
+    require_room(model, tokens, "lower max_prompt_length or max_completion_length")
     facts(
         f"GRPO on {config.dataset}",
         {
@@ -364,9 +368,10 @@ def _tables(model: LanguageModel, config: Config) -> list[PromptTable]:
     """Reads the dataset; returns its training and its held-out prompts."""
     examples = [prompt_example(row) for row in load_rows(config.dataset, config.split)]
     train, held_out = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
+    spread = np.linspace(0, len(held_out) - 1, min(config.eval_prompts, len(held_out))).round().astype(int)
     return [
         make_prompt_table(model, [examples[i] for i in part], max_prompt_length=config.max_prompt_length)
-        for part in (train, held_out[: config.eval_prompts])
+        for part in (train, held_out[spread])
     ]
 
 
@@ -425,6 +430,8 @@ def make_evaluation(
             indices = np.arange(start, start + size) % count  # the last batch is filled up with the first prompts
             completions = sample(params, key, table.batch(indices, model.pad_id))
             total.append(np.asarray(rewards(table, indices, completions)[0])[: count - start])
-        return float(np.nanmean(np.concatenate(total)))
+        given = np.concatenate(total)
+        given = given[~np.isnan(given)]
+        return float(given.mean()) if given.size else float("nan")
 
     return evaluate

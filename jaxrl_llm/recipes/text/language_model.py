@@ -95,12 +95,26 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 def load_rows(dataset: str, split: str = "train") -> list[Row]:
-    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`."""
+    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`.
+
+    Raises:
+        ValueError: If there is one row alone, so that none could be held out.
+    """
     if dataset == "wordnet":
         return as_rows(wordnet_definitions(), dataset)
     if dataset == "sums":
         return as_rows(one_digit_sums(operators="+-"), dataset)
-    return read_rows(dataset, split=split)
+    rows = read_rows(dataset, split=split)
+    if len(rows) < 2:
+        raise ValueError(f"{dataset} has one row; at least 2 are needed, for one is held out for evaluation.")
+    return rows
+
+
+def require_room(model: LanguageModel, tokens: int, cure: str) -> None:
+    """Raises a `ValueError` with the cure if the model reads fewer than `tokens` tokens."""
+    positions = model.module.config.n_positions
+    if tokens > positions:
+        raise ValueError(f"The model reads n_positions={positions} tokens, and {tokens} are needed: {cure}.")
 
 
 SUMS_TOKENIZER = CHARACTERS + ALPHABET
@@ -129,8 +143,16 @@ def complete(
         temperature: 0 is greedy.
         top_p: Nucleus.
         batch_size: Rows that are completed together.
+
+    Raises:
+        ValueError: If the longest prompt and its completion do not fit into the model.
     """
-    length = collate_prompts(prompts, pad_id=model.pad_id, multiple_of=8).prompt_ids.shape[1]
+    longest = max(map(len, prompts))
+    # The model reads all but the last token that it writes. Lengths are rounded up where there is room.
+    room = model.module.config.n_positions - (max_new_tokens - 1)
+    cure = "shorten the prompts, ask for fewer tokens, or give a new model more n_positions"
+    require_room(model, longest + max_new_tokens - 1, cure)
+    length = max(longest, min(-(-longest // 8) * 8, room))
     batch_size = min(batch_size, len(prompts))
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):

@@ -86,7 +86,8 @@ def load_traceable_reward(names: Sequence[str], weights: Sequence[float], eos_id
     Each is given the arguments that it names (`eos_id` among them), or all if it takes `**columns`.
 
     Raises:
-        ValueError: If a function names an argument that is not there (raised when it is traced).
+        ValueError: If a function names an argument that is not there, or returns anything but one number for each
+            completion (raised when it is traced).
     """
     functions = [load_reward(name) for name in names]
 
@@ -95,7 +96,13 @@ def load_traceable_reward(names: Sequence[str], weights: Sequence[float], eos_id
         given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
         total = jnp.zeros(completions.ids.shape[0])
         for function, name, weight in zip(functions, names, weights or [1.0] * len(functions), strict=True):
-            total += weight * function(**_arguments(function, name, given))
+            values = function(**_arguments(function, name, given))
+            if jnp.shape(values) != total.shape:
+                raise ValueError(
+                    f"The traceable reward {name!r} returned shape {jnp.shape(values)}; expected one number for each of "
+                    f"the {len(total)} completions."
+                )
+            total += weight * values
         return total
 
     return reward

@@ -4,9 +4,8 @@
     jaxrl-llm sft --dataset chat.jsonl --model my/gpt2 --output-dir runs/chat
 
 The loss is the mean negative log-likelihood over the tokens of all responses of a batch, with their EOS; prompts and
-padding teach nothing. Rows may be `instruction`/`input`/`output`, `messages` or `conversations`, `prompt`/`completion`, or
-`text`.
-The trained model is saved to `<output_dir>/model` in Hugging Face's layout.
+padding teach nothing. Rows may be `instruction`/`input`/`output`, `messages` or `conversations`, `prompt`/`completion`,
+or `text`. The trained model is saved to `<output_dir>/model` in Hugging Face's layout.
 """
 
 import dataclasses
@@ -19,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrl_llm.data import (
+    SupervisedExample,
     TokenBatch,
     Tokens,
     batch_indices,
@@ -33,7 +33,7 @@ from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.recipes.loop import training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
 from jaxrl_llm.recipes.progress import facts
-from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_model, load_rows
+from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_model, load_rows, require_room
 from jaxrl_llm.reductions import token_weights
 from jaxrl_llm.rollouts import score_tokens
 from jaxrl_llm.training import init_train_state, make_train_step
@@ -139,6 +139,8 @@ def run(config: Config) -> dict[str, Any]:
     init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
     model = load_model(config, init_key)
     examples = [supervised_example(row) for row in load_rows(config.dataset, config.split)]
+    if config.eval_exact_match:
+        _require_answers(examples)
     train_indices, eval_indices = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
     train, held_out = (
         tokenize_sft_rows(
@@ -150,6 +152,7 @@ def run(config: Config) -> dict[str, Any]:
         for indices in (train_indices, eval_indices)
     )
     length = max(len(row.ids) for row in train.rows + held_out.rows)
+    require_room(model, length - 1, "lower max_length, or give a new model more n_positions")
     facts(
         f"SFT on {config.dataset}",
         {"training": train, "held out": held_out, "parameters": model.num_params, "folder": config.output_dir},
@@ -202,6 +205,15 @@ def run(config: Config) -> dict[str, Any]:
         save_pretrained(figures["model"], model.module, state.params, model.tokenizer)
     facts("Result", figures)
     return figures
+
+
+def _require_answers(examples: list[SupervisedExample]) -> None:
+    for number, example in enumerate(examples, start=1):
+        if not (example.prompt and isinstance(example.completion, str)):
+            raise ValueError(
+                "eval_exact_match needs rows that ask for one text (`prompt` and `completion`, or `instruction` and "
+                f"`output`); row {number} is a conversation or plain text."
+            )
 
 
 def make_evaluation(model: LanguageModel, config: Config, rows: list[Tokens], length: int):
