@@ -59,8 +59,8 @@ def token_log_probs(
         Log-probabilities in nats, in float32 or better.
 
     Example:
-        >>> token_log_probs(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1])).round(4).tolist()
-        [-0.2877]
+        >>> float(jnp.exp(token_log_probs(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([1]))[0]))
+        0.75
     """
     logits, _ = _centred(logits, temperature)
     return _take(logits, tokens) - jax.nn.logsumexp(logits, axis=-1)

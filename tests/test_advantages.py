@@ -167,7 +167,7 @@ def forms(arrays, flags, lam):
 
 @given(floats, flags, lams)
 def test_both_forms_of_bootstrapping_agree_and_so_do_scalar_and_array_lambda(arrays, flags, lam):
-    results = forms(arrays, flags, lam)
+    results = jax.device_get(forms(arrays, flags, lam))
     for name in ("λ as an array", "folded"):
         for ours, other in zip(results["as is"], results[name], strict=True):
             close(ours, other, atol=1e-4, err_msg=name)
@@ -202,12 +202,12 @@ def test_a_mask_passes_over_steps():
     mask = rng.random((9, 3)) < 0.6
     estimate = jax.jit(functools.partial(generalized_advantages, gamma=0.9, lam=0.8))
     arrays = rewards, values, next_values, terminated, truncated
-    advantages, returns = estimate(*(np.where(mask, x, np.nan if x.dtype != bool else True) for x in arrays), mask=mask)
+    spoiled = (np.where(mask, x, True if x.dtype == bool else np.nan) for x in arrays)
+    advantages, returns = jax.device_get(estimate(*spoiled, mask=mask))
     assert not advantages[~mask].any()
     assert not returns[~mask].any()
     for column in range(3):
-        kept = [jnp.asarray(x[mask[:, column], column]) for x in arrays]
-        expected = generalized_advantages(*kept, gamma=0.9, lam=0.8)
+        expected = estimate(*(x[mask[:, column], column] for x in arrays))
         close(advantages[mask[:, column], column], expected[0], rtol=1e-5, atol=1e-6)
         close(returns[mask[:, column], column], expected[1], rtol=1e-5, atol=1e-6)
 
@@ -280,7 +280,7 @@ def all_advantages(rewards):
 @given(rewards, holes, st.floats(-8, 8, width=32))
 def test_advantages_sum_to_zero_in_each_group_and_ignore_a_shift(rewards, holes, shift):
     rewards[holes] = np.nan
-    advantages, moved = all_advantages(rewards), all_advantages(rewards + shift)
+    advantages, moved = jax.device_get((all_advantages(rewards), all_advantages(rewards + shift)))
     for name in ("none", "leave_one_out"):
         close(advantages[name].reshape(-1, 4).sum(-1), 0, atol=1e-5, err_msg=name)
         close(advantages[name], moved[name], atol=1e-5, err_msg=name)
@@ -288,7 +288,7 @@ def test_advantages_sum_to_zero_in_each_group_and_ignore_a_shift(rewards, holes,
 
 @given(rewards)
 def test_scaling_divides_by_the_deviation_of_the_group_or_of_the_batch(rewards):
-    advantages = all_advantages(rewards)
+    advantages = jax.device_get(all_advantages(rewards))
     deviation = np.repeat(rewards.astype(np.float64).reshape(3, 4).std(-1, ddof=1), 4)
     close(advantages["group"] * (deviation + 1e-4), advantages["none"], atol=2e-5)
     close(advantages["batch"] * (rewards.astype(np.float64).std(ddof=1) + 1e-4), advantages["none"], atol=2e-5)
@@ -302,7 +302,7 @@ def test_completions_without_a_reward_count_nowhere(rewards, holes):
     total = np.nansum(groups, -1, keepdims=True)
     centred = groups - total / np.maximum(count, 1)
     others = np.where(count > 1, groups - (total - groups) / np.maximum(count - 1, 1), 0)
-    advantages = all_advantages(rewards)
+    advantages = jax.device_get(all_advantages(rewards))
     close(advantages["none"], np.nan_to_num(centred).reshape(-1), atol=1e-5)
     close(advantages["leave_one_out"], np.nan_to_num(others).reshape(-1), atol=1e-5)
     assert all(np.isfinite(x).all() for x in advantages.values())

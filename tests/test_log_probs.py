@@ -50,7 +50,7 @@ def test_log_probs_equal_tunix():
 
 def test_all_statistics_by_hand():
     probs = np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]])
-    statistics = token_statistics(jnp.log(probs) + 3, jnp.array([0, 1]))
+    statistics = jax.jit(token_statistics)(jnp.log(probs) + 3, jnp.array([0, 1]))
     close(statistics.log_probs, np.log([0.5, 0.2]))
     close(statistics.entropy, -(probs * np.log(probs)).sum(-1))
     close(statistics.logsumexp, [3, 3])
@@ -72,7 +72,7 @@ def statistics_and_parts(logits, tokens, temperature):
 
 @given(LOGITS, TOKENS, TEMPERATURES)
 def test_log_probs_are_those_of_the_softmax(logits, tokens, temperature):
-    statistics, parts, reference = statistics_and_parts(logits, tokens, temperature)
+    statistics, parts, reference = jax.device_get(statistics_and_parts(logits, tokens, temperature))
     close(statistics.log_probs, reference, atol=1e-6)
     close(statistics[:2], parts, atol=1e-6)
     assert (statistics.log_probs <= 0).all()
@@ -82,8 +82,8 @@ def test_log_probs_are_those_of_the_softmax(logits, tokens, temperature):
 
 @given(LOGITS, TOKENS, st.floats(-100, 100, width=32))
 def test_a_shift_of_the_logits_changes_the_normaliser_alone(logits, tokens, shift):
-    plain, *_ = statistics_and_parts(logits, tokens, 1.0)
-    moved, *_ = statistics_and_parts(logits + shift, tokens, 1.0)
+    plain, *_ = jax.device_get(statistics_and_parts(logits, tokens, 1.0))
+    moved, *_ = jax.device_get(statistics_and_parts(logits + shift, tokens, 1.0))
     close(moved.logsumexp - shift, plain.logsumexp, rtol=1e-5, atol=1e-4)
     for name in ("log_probs", "entropy", "mean_log_probs"):
         close(getattr(moved, name), getattr(plain, name), rtol=1e-4, atol=1e-3, err_msg=name)
@@ -94,7 +94,7 @@ def test_logits_far_from_zero_lose_no_digits():
     far = jnp.asarray((logits - 128).astype(np.float32))
     exact = np.asarray(far, np.float64)
     log_softmax = exact - np.log(np.exp(exact + 128).sum(-1, keepdims=True)) + 128
-    statistics = token_statistics(far, jnp.zeros(50, int))
+    statistics = jax.jit(token_statistics)(far, jnp.zeros(50, int))
     close(statistics.log_probs, log_softmax[:, 0])
     close(statistics.entropy, -(np.exp(log_softmax) * log_softmax).sum(-1))
     close(statistics.mean_log_probs, log_softmax.mean(-1))
@@ -196,9 +196,10 @@ def test_no_positions_are_no_work():
 
 def test_chunks_of_half_precision_states_are_scored_in_single_precision():
     hidden, kernel, tokens, _ = inputs((2,))
-    statistics = chunked_token_statistics(jnp.asarray(hidden, jnp.bfloat16), jnp.asarray(kernel), jnp.asarray(tokens))
+    half = jnp.asarray(hidden, jnp.bfloat16)
+    statistics = jax.jit(chunked_token_statistics)(half, kernel, tokens)
     assert {x.dtype for x in statistics[:4]} == {jnp.dtype("float32")}
-    dense = token_statistics(jnp.asarray(hidden @ kernel), jnp.asarray(tokens))
+    dense = jax.jit(token_statistics)(hidden @ kernel, tokens)
     close(statistics.log_probs, dense.log_probs, atol=0.1)
 
 

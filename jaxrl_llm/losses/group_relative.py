@@ -97,7 +97,7 @@ def grpo_loss(
     Returns:
         The loss, and metrics `clip_ratio/low_mean`, `clip_ratio/high_mean`, `clip_ratio/region_mean` (share of tokens
         whose gradient the clip removed), `clip_ratio/low_min`, `clip_ratio/high_max` (over rows), `policy_loss`, `kl`
-        (if a reference is given), `policy/entropy_avg` (if entropy is given).
+        (if a reference is given), `entropy` (if given).
 
     Raises:
         ValueError: If a name is unknown, β comes without `ref_log_probs`, or shapes do not fit.
@@ -127,7 +127,7 @@ def grpo_loss(
     clip = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     losses = clipped_surrogate(ratio, advantages, *clip, max_ratio=delta)
     policy = weighted_sum(losses, weights.policy)
-    bonus, metrics = entropy_bonus(entropy, mask, weights)
+    bonus, metrics = entropy_bonus(entropy, mask, weights, name="entropy")
     loss = policy - entropy_coef * bonus
     metrics |= {"policy_loss": policy} | _clip_metrics(ratio, advantages, clip, mask, weights.tokens)
     if ref_log_probs is not None:

@@ -47,12 +47,14 @@ def policy_gradient_loss(
     return policy - entropy_coef * bonus, jax.lax.stop_gradient({"loss/policy_avg": policy} | metrics)
 
 
-def entropy_bonus(entropy: Float[Array, "*shape"] | None, mask: Mask, weights: LossWeights) -> tuple[Numeric, Metrics]:
+def entropy_bonus(
+    entropy: Float[Array, "*shape"] | None, mask: Mask, weights: LossWeights, *, name: str = "policy/entropy_avg"
+) -> tuple[Numeric, Metrics]:
     """Computes the weighted mean entropy, and its metric; 0 and none where no entropy is given."""
     if entropy is None:
         return 0.0, {}
     mean = weighted_sum(jnp.where(mask, entropy, 0), weights.tokens)
-    return mean, {"policy/entropy_avg": mean}
+    return mean, {name: mean}
 
 
 def ppo_loss(

@@ -26,7 +26,7 @@ def write_rows(path, rows):
 
 
 def curve(folder):
-    """The lines of metrics.jsonl, as they are written, without their times."""
+    """The lines of metrics.jsonl, as they are written (NaN is a string), without their times."""
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]
     return [{name: value for name, value in line.items() if name != "time"} for line in lines]
 

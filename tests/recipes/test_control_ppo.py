@@ -313,15 +313,19 @@ def test_a_run_tells_how_many_steps_it_really_takes():
 
 
 def test_updates_are_joined_by_how_many_episodes_ended():
-    metrics = {
-        "episode/count": jnp.array([1, 0, 3]),
-        "episode/return_mean": jnp.array([10.0, jnp.nan, 30.0]),
-        "episode/length_mean": jnp.array([1.0, jnp.nan, 5.0]),
-        "loss": jnp.array([1.0, 2.0, 6.0]),
+    columns = {
+        "episode/count": [1, 0, 3],
+        "episode/return_mean": [10.0, math.nan, 30.0],
+        "episode/length_mean": [1.0, math.nan, 5.0],
+        "loss": [1.0, 2.0, 6.0],
     }
-    joined = runner.join_updates(metrics)
+    updates = [{name: jnp.array(column[i]) for name, column in columns.items()} for i in range(3)]
+    totals = jax.tree.map(lambda *parts: sum(parts), *map(runner.to_totals, updates))
     expected = {"episode/count": 4, "episode/return_mean": 25, "episode/length_mean": 4, "loss": 3}
-    assert {name: float(x) for name, x in joined.items()} == expected
+    assert {name: float(x) for name, x in runner.to_means(totals, 3).items()} == expected
+    none = runner.to_means(runner.to_totals(updates[1]), 1)
+    assert (none["episode/count"], none["loss"]) == (0, 2)
+    assert math.isnan(none["episode/return_mean"])
 
 
 def test_the_command_line_reads_every_kind_of_option():

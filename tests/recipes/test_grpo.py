@@ -1,7 +1,7 @@
 import dataclasses
-import itertools
-import json
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import chex
 import jax
@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.recipes.text import generate, grpo
-from jaxrl_llm.recipes.text.grpo import Config, make_grpo_iteration, make_update, rollout_metrics
+from jaxrl_llm.recipes.text.grpo import Config, make_grpo_iteration, rollout_metrics
 from jaxrl_llm.recipes.text.language_model import load_model
 from jaxrl_llm.recipes.text.prompts import Prompts
 from jaxrl_llm.rollouts import Completions
@@ -26,8 +26,9 @@ from tests.recipes.runs import (
     press_ctrl_c_after,
     write_rows,
 )
+from tests.unchecked import unchecked
 
-pytestmark = pytest.mark.usefixtures("compile_equal_programs_once")
+pytestmark = pytest.mark.usefixtures("shared_programs")
 
 REWARDS = '''
 import jax.numpy as jnp
@@ -67,22 +68,26 @@ def rewards(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """Prompts of several lengths over a vocabulary of four; the answer is always 7, and so says a column `completion`."""
-    texts = ["".join(text) for size in range(1, 5) for text in itertools.product("7=", repeat=size)]
+def base(tuned, tmp_path_factory):
+    """The answer to every sum is 7, and so says a column `completion`."""
     folder = tmp_path_factory.mktemp("grpo")
-    rows = [{"prompt": text, "answer": "7", "completion": "7", "number": len(text)} for text in texts]
+    rows = [
+        {"prompt": f"{a}+{b}=", "answer": "7", "completion": "7", "sum": a + b} for a in range(10) for b in range(3)
+    ]
     return Config(
-        **TINY | {"tokenizer": "characters:7="},
-        output_dir=str(folder / "run"),
+        output_dir=str(folder / "host"),
+        model=tuned[1]["model"],
         dataset=write_rows(folder / "prompts.jsonl", rows),
         eval_fraction=0.2,
         num_prompts=8,
         num_generations=8,
         max_completion_length=3,
+        num_iterations=2,
+        beta=0.02,
         learning_rate=1e-2,
+        adam_epsilon=1e-4,
         warmup_steps=2,
-        max_steps=8,
+        max_steps=12,
         logging_steps=1,
         eval_steps=4,
         save_steps=4,
@@ -91,20 +96,24 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def host_run(base):
-    """Exact match on the host, with a reference; longer than the others."""
-    config = dataclasses.replace(base, beta=0.05, max_steps=30, output_dir=base.output_dir + "_host")
-    return config, grpo.run(config)
+    """Exact match, on the host."""
+    return base, grpo.run(base)
+
+
+def renamed(config, name, **changes):
+    """The same settings in a folder of their own."""
+    return dataclasses.replace(config, output_dir=config.output_dir.replace("/host", f"/{name}"), **changes)
 
 
 def test_a_run_raises_the_reward_and_leaves_everything_behind(host_run):
     config, figures = host_run
     lines = curve(config.output_dir)
-    assert np.mean([line["reward"] for line in lines[1:4]]) < 0.3
-    assert np.mean([line["reward"] for line in lines[-3:]]) > 0.7
-    assert figures["eval_reward_before"] == lines[0]["eval_reward"] < 0.5
+    assert lines[1]["reward"] < 0.2
+    assert lines[-1]["reward"] > 0.9
+    assert figures["eval_reward_before"] == lines[0]["eval_reward"] == 0
     assert figures["eval_reward"] == lines[-1]["eval_reward"] == 1
-    assert_complete_folder(config.output_dir, steps=[28, 30])
-    assert json.loads((open(f"{config.output_dir}/config.json")).read())["beta"] == 0.05
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 4, 8, 12]
+    assert_complete_folder(config.output_dir, steps=[8, 12])
 
 
 def test_metrics_have_the_names_of_trl(host_run):
@@ -137,75 +146,72 @@ def test_metrics_have_the_names_of_trl(host_run):
 def test_the_saved_model_loads_and_says_what_was_rewarded(host_run):
     _, figures = host_run
     module, _, tokenizer = from_pretrained(figures["model"])
-    assert (module.config.n_embd, len(tokenizer)) == (16, 4)
-    assert generate.run(generate.Config(model=figures["model"], prompt=("77=",))) == ["7"]
+    assert (module.config.n_embd, len(tokenizer)) == (16, 14)
+    assert generate.run(generate.Config(model=figures["model"], prompt=("3+2=",))) == ["7"]
 
 
-def test_the_divergence_from_the_reference_starts_at_zero_and_grows(host_run):
+def test_the_divergence_from_the_model_of_the_start_begins_at_zero_and_grows(host_run):
     config, _ = host_run
+    # The first learning rate of a warm-up is 0, so that both updates of the first iteration see the reference itself.
     kl = [line["kl"] for line in curve(config.output_dir)[1:]]
     assert kl[0] == pytest.approx(0, abs=1e-6)
-    assert max(kl[-5:]) > 0.1
+    assert min(kl[-5:]) > 0.1
 
 
-def test_rewards_on_the_host_and_in_the_program_give_the_same_run(base):
+def test_updates_on_the_same_completions_meet_the_clip(host_run):
+    config, _ = host_run
+    clipped = [line["clip_ratio/region_mean"] for line in curve(config.output_dir)[1:]]
+    assert clipped[0] == 0
+    assert 0 < max(clipped) < 1
+
+
+def test_rewards_on_the_host_and_in_the_program_give_the_same_run(host_run):
     # The data has a column `completion`: it must not shadow what was sampled.
-    host = dataclasses.replace(base, output_dir=base.output_dir + "_on_host")
-    traced = dataclasses.replace(
-        base,
-        output_dir=base.output_dir + "_traced",
-        reward_funcs=("jaxrl_llm.rewards:exact_match_tokens",),
-        traceable_rewards=True,
-    )
-    figures = [grpo.run(config) for config in (host, traced)]
-    assert figures[0]["eval_reward"] == figures[1]["eval_reward"]
-    rewards = [[line["reward"] for line in curve(config.output_dir)[1:]] for config in (host, traced)]
-    np.testing.assert_allclose(*rewards, atol=1e-6)
-    assert 0 < rewards[0][0] < 0.5
+    host, figures = host_run
+    reward = ("jaxrl_llm.rewards:exact_match_tokens",)
+    traced = renamed(host, "traced", reward_funcs=reward, traceable_rewards=True)
+    traced_figures = grpo.run(traced)
+    assert traced_figures["eval_reward"] == figures["eval_reward"]
+    for name in ("reward", "reward_std", "loss"):
+        values = [[line[name] for line in curve(config.output_dir)[1:]] for config in (host, traced)]
+        np.testing.assert_allclose(*values, atol=1e-6, err_msg=name)
     assert_close_weights(host.output_dir, traced.output_dir, atol=1e-6)
 
 
-def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(base, monkeypatch, capsys):
-    # β needs the model of the start, which is no part of the checkpoint; two updates an iteration need the old one.
-    whole = dataclasses.replace(base, beta=0.1, num_iterations=2, max_steps=5, output_dir=base.output_dir + "_whole")
-    grpo.run(whole)
-    cut = dataclasses.replace(whole, output_dir=base.output_dir + "_cut")
+def test_a_run_stopped_by_ctrl_c_resumes_bit_for_bit(host_run, monkeypatch, capsys):
+    # The reference is the model of the start, which is no part of the checkpoint.
+    whole, _ = host_run
+    cut = renamed(whole, "cut")
     with monkeypatch.context() as patch:
-        press_ctrl_c_after(patch, step=3)
+        press_ctrl_c_after(patch, step=7)
         figures = grpo.run(cut)
     assert "model" not in figures
-    assert "Stopped after step 3 of 5; --resume goes on from here." in capsys.readouterr().out
+    assert "Stopped after step 7 of 12; --resume goes on from here." in capsys.readouterr().out
     grpo.run(dataclasses.replace(cut, resume=True))
     assert "Resumed with another option" not in capsys.readouterr().out
     assert_same_run(whole.output_dir, cut.output_dir)
-    ratios = [line["clip_ratio/region_mean"] for line in curve(whole.output_dir)[1:]]
-    assert max(ratios) > 0  # the second update of an iteration meets the clip
 
 
 def test_several_rewards_are_weighted_and_may_not_apply(base, rewards):
-    config = dataclasses.replace(
-        base,
-        output_dir=base.output_dir + "_several",
-        reward_funcs=("jaxrl_llm.rewards:exact_match", *rewards("brief", "sevens", "never")),
-        reward_weights=(1.0, 0.5, 0.25, 3.0),
-        max_steps=2,
-    )
+    functions = ("jaxrl_llm.rewards:exact_match", *rewards("brief", "sevens", "never"))
+    config = renamed(base, "several", reward_funcs=functions, reward_weights=(1.0, 0.5, 0.25, 3.0), max_steps=2)
     grpo.run(config)
     line = curve(config.output_dir)[1]
     assert line["rewards/never/mean"] == "NaN"
     parts = [line[f"rewards/{name}/mean"] for name in ("exact_match", "brief", "sevens")]
-    # `sevens` applies to half of the rows, so that its mean counts half.
+    assert min(map(abs, parts)) > 0
+    # `sevens` applies to half of the rows, so its mean counts half.
     np.testing.assert_allclose(line["reward"], parts[0] + 0.5 * parts[1] + 0.25 * parts[2] / 2, rtol=1e-5)
-    assert line["rewards/sevens/mean"] > 0
 
 
-def test_where_no_reward_ever_applies_nothing_is_learned_and_the_evaluation_says_so(base, rewards):
-    config = dataclasses.replace(
-        base, output_dir=base.output_dir + "_never", reward_funcs=rewards("never"), max_steps=3
-    )
+def test_where_no_reward_ever_applies_nothing_pulls_and_the_evaluation_says_so(base, rewards):
+    config = renamed(base, "never", reward_funcs=rewards("never"), max_steps=2)
+    config = dataclasses.replace(config, warmup_steps=1)
     figures = grpo.run(config)
     assert math.isnan(figures["eval_reward"])
-    assert [line["grad_norm"] for line in curve(config.output_dir)[1:]] == [0, 0, 0]
+    lines = curve(config.output_dir)
+    assert lines[0]["eval_reward"] == "NaN"
+    assert [line["grad_norm"] for line in lines[1:]] == pytest.approx([0, 0], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -214,73 +220,100 @@ def test_where_no_reward_ever_applies_nothing_is_learned_and_the_evaluation_says
         ("one_too_few", False, r"Reward 'one_too_few' returned 5 rewards for 6 completions"),
         ("not_a_number", False, r"Reward 'not_a_number' returned 'nan' for row 5; expected a finite number, or None"),
         ("needs_score", False, r"Reward 'needs_score' needs \['score'\]; there are .*'answer'.* Add the column"),
-        ("traced_score", True, r"traceable reward '.*my_rewards.py:traced_score' needs \['score'\]; there are .*answer_ids"),
-        ("traced_sum", True, r"traceable reward '.*:traced_sum' returned shape \(\); expected one number for each of the 6"),
+        (
+            "traced_score",
+            True,
+            r"traceable reward '.*my_rewards.py:traced_score' needs \['score'\]; there are .*answer_ids",
+        ),
+        (
+            "traced_sum",
+            True,
+            r"traceable reward '.*:traced_sum' returned shape \(\); expected one number for each of the 6",
+        ),
         ("missing", False, r"my_rewards.py:missing' cannot be used: 'missing' is missing"),
     ],
 )
 def test_a_broken_reward_is_named(base, rewards, name, traceable, message):
-    config = dataclasses.replace(
-        base, reward_funcs=rewards(name), traceable_rewards=traceable, output_dir=base.output_dir + "_broken"
-    )
+    config = renamed(base, "broken", reward_funcs=rewards(name), traceable_rewards=traceable)
     with pytest.raises(ValueError, match=message):
         grpo.run(config)
 
 
+class Pieces(NamedTuple):
+    """What a program of one's own is made of."""
+
+    iteration: Callable
+    start: Callable
+    prompts: Prompts
+
+
 @pytest.fixture(scope="module")
-def pieces(base):
-    """A model, an optimizer, a state for each seed, prompts of two lengths and a reward on token ids."""
-    config = dataclasses.replace(base, num_prompts=2, num_generations=4)
+def pieces():
+    config = Config(**TINY, num_prompts=2, num_generations=4, max_completion_length=3)
+    optimizer = optax.sgd(0.1)
     model = load_model(config, jax.random.key(0))
-    optimizer = optax.adam(1e-2)
-    prompts = Prompts(jnp.array([[0, 3], [3, 2]]), jnp.array([[False, True], [True, True]]), {"wanted": jnp.array([2, 3])})
+
+    def reward(completions, columns):
+        return columns["weight"] * jnp.mean(completions.ids == columns["wanted"][:, None], axis=1)
+
+    def start(seed):
+        return init_train_state(load_model(config, jax.random.key(seed)).params, optimizer)
+
+    iteration = make_grpo_iteration(model.apply, model.head_kernel, optimizer, reward, config, eos_id=1, pad_id=0)
+    columns = {"wanted": jnp.array([2, 3]), "weight": jnp.array([1.0, 2.0])}
+    return Pieces(
+        iteration, start, Prompts(jnp.array([[0, 3], [3, 2]]), jnp.array([[False, True], [True, True]]), columns)
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled_iteration(pieces):
+    chex.clear_trace_counter()
+    return jax.jit(chex.assert_max_traces(pieces.iteration, n=1))
+
+
+def test_an_iteration_is_traced_once_and_vmapped_seeds_equal_separate_runs(pieces, compiled_iteration):
+    separate = []
+    for seed in range(3):
+        state, key = pieces.start(seed), jax.random.key(10 + seed)
+        for _ in range(2):
+            state, metrics, completions = compiled_iteration(state, pieces.prompts, key)
+        separate.append((state.params, metrics, completions))
+    params, metrics, completions = jax.tree.map(lambda *x: jnp.stack(x), *separate)
+    states = jax.tree.map(lambda *x: jnp.stack(x), *map(pieces.start, range(3)))
+    keys = jax.vmap(jax.random.key)(jnp.arange(10, 13))
+    together = jax.jit(jax.vmap(pieces.iteration, in_axes=(0, None, 0)))
+    for _ in range(2):
+        states, vmapped_metrics, vmapped_completions = together(states, pieces.prompts, keys)
+    assert (vmapped_metrics["frac_reward_zero_std"] < 1).any()
+    np.testing.assert_array_equal(vmapped_completions.ids, completions.ids)
+    chex.assert_trees_all_close(vmapped_metrics, metrics, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(states.params, params, rtol=0, atol=1e-6)
+
+
+def test_groups_of_equal_rewards_give_no_gradient(pieces, compiled_iteration):
+    start = pieces.start(0)
+    prompts = pieces.prompts._replace(columns=pieces.prompts.columns | {"weight": jnp.zeros(2)})
+    end, metrics, _ = compiled_iteration(start, prompts, jax.random.key(1))
+    assert metrics["frac_reward_zero_std"] == 1
+    assert metrics["grad_norm"] == 0
+    chex.assert_trees_all_equal(end.params, start.params)
+
+
+def test_epsilon_and_beta_may_be_traced(pieces):
+    config = Config(**TINY, num_prompts=2, num_generations=4, max_completion_length=3)
+    model = load_model(config, jax.random.key(0))
 
     def reward(completions, columns):
         return jnp.mean(completions.ids == columns["wanted"][:, None], axis=1)
 
-    def iteration(config=config):
-        return make_grpo_iteration(model.apply, model.head_kernel, optimizer, reward, config, eos_id=1, pad_id=0)
+    def iteration(epsilon, beta):
+        traced = dataclasses.replace(config, epsilon=epsilon, beta=beta)
+        made = make_grpo_iteration(model.apply, model.head_kernel, optax.sgd(0.1), reward, traced, eos_id=1, pad_id=0)
+        return made(pieces.start(0), pieces.prompts, jax.random.key(0), model.params)[1]["kl"]
 
-    def state(seed):
-        return init_train_state(load_model(config, jax.random.key(seed)).params, optimizer)
-
-    return config, model, optimizer, prompts, iteration, state
-
-
-def test_an_iteration_is_compiled_once_and_vmapped_seeds_equal_separate_runs(pieces):
-    _, _, _, prompts, iteration, state = pieces
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(iteration(), n=1))
-    separate = []
-    for seed in range(3):
-        current, key = state(seed), jax.random.key(10 + seed)
-        for _ in range(2):
-            current, metrics, completions = step(current, prompts, key)
-        separate.append((current, metrics, completions))
-    states = jax.tree.map(lambda *x: jnp.stack(x), *map(state, range(3)))
-    keys = jax.vmap(jax.random.key)(jnp.arange(10, 13))
-    together = jax.jit(jax.vmap(iteration(), in_axes=(0, None, 0)))
-    for _ in range(2):
-        states, metrics, completions = together(states, prompts, keys)
-    separate = jax.tree.map(lambda *x: jnp.stack(x), *separate)
-    np.testing.assert_array_equal(completions.ids, separate[2].ids)
-    chex.assert_trees_all_close(metrics, separate[1], rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(states.params, separate[0].params, atol=1e-6)
-
-
-@pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
-def test_groups_of_equal_rewards_give_no_gradient(pieces, scale_rewards):
-    config, model, _, prompts, iteration, state = pieces
-    config = dataclasses.replace(config, scale_rewards=scale_rewards)
-    start = state(0)
-    completions = jax.jit(iteration())(start, prompts, jax.random.key(1))[2]
-    update = jax.jit(make_update(model.apply, model.head_kernel, optax.sgd(1.0), config))
-    start = init_train_state(start.params, optax.sgd(1.0))
-    rewards = jnp.repeat(jnp.array([1.0, 0.25]), 4)  # equal within each group, not between them
-    end, metrics = update(start, None, prompts, completions, rewards, jax.random.key(2))
-    assert metrics["frac_reward_zero_std"] == 1
-    assert metrics["grad_norm"] == 0
-    chex.assert_trees_all_equal(end.params, start.params)
+    with unchecked():  # the types of the settings are those of the command line
+        assert jax.eval_shape(jax.vmap(iteration), jnp.array([0.1, 0.2]), jnp.array([0.0, 0.1])).shape == (2,)
 
 
 def test_rollout_metrics_by_hand():
@@ -292,7 +325,7 @@ def test_rollout_metrics_by_hand():
         sampling_log_probs=jnp.where(mask, -0.75, 0).at[0, 0].set(0.0),
     )
     rewards = jnp.array([0.1, 0.1, 0.1, 1.0, 3.0, jnp.nan])
-    metrics = rollout_metrics(completions, rewards, 3)
+    metrics = jax.jit(rollout_metrics, static_argnums=2)(completions, rewards, 3)
     expected = {
         "reward": (0.3 + 4) / 5,
         "reward_std": math.sqrt(2) / 2,  # mean of 0 and of the deviation of 1 and 3
@@ -311,12 +344,12 @@ def test_rollout_metrics_by_hand():
 
 def test_an_evaluation_of_some_held_out_prompts_takes_them_from_everywhere(base):
     model = load_model(base, jax.random.key(0))
-    everything = grpo._tables(model, base)[1]
-    some = grpo._tables(model, dataclasses.replace(base, eval_prompts=3))[1]
-    assert some.texts == [everything.texts[i] for i in (0, round((len(everything.texts) - 1) / 2), -1)]
+    everything = grpo._tables(model, base)[1].texts
+    some = grpo._tables(model, dataclasses.replace(base, eval_prompts=3))[1].texts
+    assert len(everything) == 6
+    assert some == [everything[i] for i in (0, 2, 5)]
 
 
 def test_completions_that_the_model_has_no_room_for_are_refused(base):
-    config = dataclasses.replace(base, max_completion_length=12)
     with pytest.raises(ValueError, match=r"n_positions=16 tokens, and 19 are needed: lower .*max_completion_length"):
-        grpo.run(config)
+        grpo.run(renamed(base, "long", max_completion_length=12))

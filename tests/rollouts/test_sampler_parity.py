@@ -21,6 +21,15 @@ SHAPES = [
 NEW_TOKENS = 24
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Torch's threads cost more than they give on models this small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda s: f"{s['n_layer']}x{s['n_embd']}")
 def models(request, tmp_path_factory):
     """A random model in torch, and the same one here."""

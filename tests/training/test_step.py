@@ -85,12 +85,12 @@ FORMS = {
     "micro-batches": (on_one_device, {"num_microbatches": 4}),
     "pmap": (by_pmap, MAPPED),
     "shard_map of micro-batches": (by_shard_map, MAPPED | {"num_microbatches": 2}),
-    "unchecked shard_map": (functools.partial(by_shard_map, check_vma=False), MAPPED),
     "sharded arguments": (by_sharded_arguments, {}),
 }
 OTHER_FORMS = {
     "pmap of micro-batches": (by_pmap, MAPPED | {"num_microbatches": 2}),
     "shard_map": (by_shard_map, MAPPED),
+    "unchecked shard_map": (functools.partial(by_shard_map, check_vma=False), MAPPED),
     "unchecked shard_map of micro-batches": (
         functools.partial(by_shard_map, check_vma=False),
         MAPPED | {"num_microbatches": 2},

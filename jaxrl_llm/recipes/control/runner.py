@@ -26,7 +26,7 @@ from jaxrl_llm.rollouts.environment import (
 )
 from jaxrl_llm.training import TrainState
 from jaxrl_llm.training.logging import read_metrics
-from jaxrl_llm.types import Key, Metrics
+from jaxrl_llm.types import Key, Metrics, Numeric
 
 
 class RunnerState(NamedTuple):
@@ -60,42 +60,61 @@ def split_run_key(key: Key) -> tuple[Key, Key, Key]:
     return init_key, update_key, eval_key
 
 
-def scan_updates(update: Update, state: RunnerState, config: Any, key: Key, count: int) -> tuple[RunnerState, Curves]:
-    """Does `count` updates in one scan.
+def train(init: Init, update: Update, key: Key, config: Any) -> tuple[RunnerState, Curves]:
+    """Trains from scratch in one scan: a pure function of the key and the settings; the caller compiles and vmaps it.
+
+    Update number n uses `fold_in(update_key, n)`, here and in `repeat_updates`, so that a run may be cut anywhere.
+    """
+    init_key, update_key, _ = split_run_key(key)
+
+    def body(state: RunnerState, _: None) -> tuple[RunnerState, Metrics]:
+        return update(state, config, jax.random.fold_in(update_key, state.update))
+
+    return jax.lax.scan(body, init(init_key, config), length=config.num_updates)
+
+
+def repeat_updates(
+    update: Update, state: RunnerState, config: Any, key: Key, count: Int[Array, ""] | int
+) -> tuple[RunnerState, Metrics]:
+    """Does `count` updates and adds up their metrics; one compiled program serves any count.
 
     Args:
         update: Of an algorithm.
         state: From its `init`, or the updates before.
         config: Its settings.
-        key: Of all updates of the run: number n uses `fold_in(key, n)`, so that a run may be cut anywhere.
-        count: How many.
+        key: Of all updates of the run.
+        count: How many; may be traced.
 
     Returns:
-        The new state, and the metrics of each update, `[count]`.
+        The new state, and the totals of the metrics, see `to_totals`.
     """
 
-    def body(state: RunnerState, _: None) -> tuple[RunnerState, Metrics]:
-        return update(state, config, jax.random.fold_in(key, state.update))
+    def step(state: RunnerState) -> tuple[RunnerState, Metrics]:
+        state, metrics = update(state, config, jax.random.fold_in(key, state.update))
+        return state, to_totals(metrics)
 
-    return jax.lax.scan(body, state, length=count)
+    def body(_: Array, carry: tuple[RunnerState, Metrics]) -> tuple[RunnerState, Metrics]:
+        state, totals = step(carry[0])
+        return state, jax.tree.map(jnp.add, carry[1], totals)
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, state)[1])
+    return jax.lax.fori_loop(0, count, body, (state, zeros))
 
 
-def train(init: Init, update: Update, key: Key, config: Any) -> tuple[RunnerState, Curves]:
-    """Trains from scratch: a pure function of the key and the settings; the caller compiles and vmaps it."""
-    init_key, update_key, _ = split_run_key(key)
-    return scan_updates(update, init(init_key, config), config, update_key, config.num_updates)
+EPISODE_MEANS = ("episode/return_mean", "episode/length_mean")
 
 
-def join_updates(metrics: Curves) -> Curves:
-    """Joins metrics of many updates, along the last axis, into one number each.
+def to_totals(metrics: Metrics) -> Metrics:
+    """Turns the metrics of an update into numbers that add up: means over episodes become sums (0 where none ended)."""
+    count = metrics["episode/count"]
+    return metrics | {name: jnp.where(count > 0, metrics[name] * count, 0) for name in EPISODE_MEANS}
 
-    Means over episodes are weighted by how many episodes ended, `episode/count` is summed, all others are averaged.
-    """
-    counts = metrics["episode/count"]
-    joined = {name: x.mean(-1) for name, x in metrics.items()} | {"episode/count": counts.sum(-1)}
-    for name in ("episode/return_mean", "episode/length_mean"):
-        joined[name] = mean_over_episodes(metrics[name], counts)
-    return joined
+
+def to_means(totals: Metrics, updates: Numeric) -> Metrics:
+    """Turns totals of several updates into means over updates, and over episodes (NaN where none ended)."""
+    count = totals["episode/count"]
+    means = {name: total / updates for name, total in totals.items()}
+    return means | {name: totals[name] / count for name in EPISODE_MEANS} | {"episode/count": count}
 
 
 def run_control(config: ControlOptions, init: Init, update: Update, *, label: str) -> dict[str, Any]:
@@ -168,17 +187,17 @@ def make_step(
 ) -> Callable[[RunnerState, int, Key], tuple[RunnerState, dict[str, Any]]]:
     """Makes `step(states, index, keys) -> (states, metrics)`: `updates_per_step` updates of every seed.
 
-    The last step of a run does what is left: it is compiled again if that is less. The states are donated.
+    The last step of a run does what is left. The states are donated. Compiles once.
     """
 
-    @partial(jax.jit, static_argnums=2, donate_argnums=0)
-    def updates(states: RunnerState, keys: Key, count: int) -> tuple[RunnerState, Metrics]:
-        states, metrics = jax.vmap(lambda state, key: scan_updates(update, state, config, key, count))(states, keys)
-        pooled = join_updates({name: x.reshape(-1) for name, x in metrics.items()})
+    @partial(jax.jit, donate_argnums=0)
+    def updates(states: RunnerState, keys: Key, count: Int[Array, ""]) -> tuple[RunnerState, Metrics]:
+        states, totals = jax.vmap(lambda state, key: repeat_updates(update, state, config, key, count))(states, keys)
+        metrics = to_means(jax.tree.map(lambda x: x.sum(0), totals), count * config.num_seeds)
         if config.num_seeds > 1:
-            for i, mean in enumerate(join_updates(metrics)["episode/return_mean"]):
-                pooled[f"seed_{config.seed + i}/episode/return_mean"] = mean
-        return states, pooled
+            returns = jax.vmap(to_means, in_axes=(0, None))(totals, count)["episode/return_mean"]
+            metrics |= {f"seed_{config.seed + i}/episode/return_mean": mean for i, mean in enumerate(returns)}
+        return states, metrics
 
     def step(states: RunnerState, index: int, keys: Key) -> tuple[RunnerState, dict[str, Any]]:
         done = index * config.updates_per_step
@@ -188,7 +207,7 @@ def make_step(
                 f"{states.update[0]} updates after {index} steps. Resume with the settings of its config.json."
             )
         count = min(config.updates_per_step, config.num_updates - done)
-        states, metrics = updates(states, keys, count)
+        states, metrics = updates(states, keys, jnp.array(count))
         return states, metrics | {"timesteps": (done + count) * config.batch_size}
 
     return step

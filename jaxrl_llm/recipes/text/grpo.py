@@ -190,7 +190,7 @@ def make_update(apply: Apply, head_kernel: HeadKernel, optimizer: optax.Gradient
 
     def loss_fn(params: Params, batch: Experience, key: Key) -> tuple[Scalar, Metrics]:
         statistics = score(params, batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask)
-        loss, metrics = grpo_loss(
+        return grpo_loss(
             statistics.log_probs,
             batch.old_log_probs,
             batch.advantages,
@@ -207,8 +207,6 @@ def make_update(apply: Apply, head_kernel: HeadKernel, optimizer: optax.Gradient
             entropy_coef=config.entropy_coef,
             weights=batch.weights,
         )
-        metrics["entropy"] = metrics.pop("policy/entropy_avg")  # TRL's name of it in GRPO
-        return loss, metrics
 
     def weights_fn(batch: Experience, axis_name: str | None) -> LossWeights:
         length = config.max_completion_length

@@ -130,7 +130,7 @@ class HostRewards(NamedTuple):
 
     def __call__(
         self, table: PromptTable, indices: np.ndarray, completions: Completions
-    ) -> tuple[Float[np.ndarray, " rows"], Metrics]:
+    ) -> tuple[Float[np.ndarray, " rows"], dict[str, Any]]:
         """Scores the completions of some prompts; returns totals, and the mean and deviation of each function."""
         texts = decode(self.model.tokenizer, completions.ids, completions.mask)
         rows = np.repeat(indices, len(texts) // len(indices))

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.data import (
     SupervisedExample,
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
     tokens: Int[Array, "batch time"]
     mask: Bool[Array, "batch time"]
     loss_mask: Bool[Array, "batch time"]
-    weights: Float[Array, "batch time-1"] | None = None
+    weights: Float[Array, "batch targets"] | None = None
 
 
 def validate(config: Config) -> None:
@@ -120,8 +120,8 @@ def make_loss(model: LanguageModel, config: Config):
     return loss_fn
 
 
-def batch_weights(batch: Batch, axis_name: str | None) -> Shaped[Array, "batch time-1"]:
-    """Makes the weights of a whole batch: the mean over all response tokens."""
+def batch_weights(batch: Batch, axis_name: str | None) -> Float[Array, "batch targets"]:
+    """Makes the weights of a whole batch, of all tokens but the first: the mean over all response tokens."""
     return token_weights(batch.loss_mask[:, 1:], "token_mean", axis_name=axis_name)
 
 
