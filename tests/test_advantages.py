@@ -21,6 +21,9 @@ from tests.unchecked import unchecked
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 
+ESTIMATE = jax.jit(generalized_advantages)
+
+
 def array(x):
     return jnp.array(x, jnp.float32)
 
@@ -38,9 +41,7 @@ def test_the_monte_carlo_advantages_of_the_guide():
     close(discounted_returns(rewards, 0.99, 0.0) - values, expected)
     ends = jnp.array([False, False, False, True])
     next_values = jnp.append(values[1:], 1e6)  # What lies after the end is worth nothing.
-    advantages, returns = generalized_advantages(
-        rewards, values, next_values, ends, jnp.zeros_like(ends), gamma=0.99, lam=1.0
-    )
+    advantages, returns = ESTIMATE(rewards, values, next_values, ends, jnp.zeros_like(ends), gamma=0.99, lam=1.0)
     close(advantages, expected)
     close(returns, values + np.array(expected))
 
@@ -56,12 +57,11 @@ def test_discounted_returns_equal_rlax():
 # Generalized advantages: vectors are [batch, time + 1] as published, ours is time first.
 
 
-def gae(rewards, values, terminated=None, truncated=None, *, gamma, lam, mask=None):
-    rewards, values = jnp.atleast_2d(array(rewards)), jnp.atleast_2d(array(values))
-    flags = [jnp.zeros(rewards.shape) if x is None else jnp.atleast_2d(array(x)) for x in (terminated, truncated)]
+def gae(rewards, values, terminated=None, truncated=None, *, gamma, lam):
+    rewards, values = (np.atleast_2d(np.asarray(x, np.float32)) for x in (rewards, values))
+    flags = [np.zeros(rewards.shape) if x is None else np.atleast_2d(x) for x in (terminated, truncated)]
     arrays = rewards, values[:, :-1], values[:, 1:], *flags
-    lam = lam if np.ndim(lam) == 0 else array(lam).T
-    advantages, returns = generalized_advantages(*(x.T for x in arrays), gamma=gamma, lam=lam)
+    advantages, returns = jax.device_get(ESTIMATE(*(x.T for x in arrays), gamma=gamma, lam=lam))
     close(returns, advantages + values[:, :-1].T)
     return advantages.T
 
@@ -129,7 +129,7 @@ def test_an_endless_reward_is_worth_that_much_across_time_limits():
     # One reward a step for ever, cut every 8 steps: with V = 1 / (1 - γ) there is nothing left to learn.
     value, steps = 1 / (1 - 0.98), jnp.arange(64)
     constant = jnp.full(64, value)
-    advantages, returns = generalized_advantages(
+    advantages, returns = ESTIMATE(
         jnp.ones(64), constant, constant, jnp.zeros(64), steps % 8 == 7, gamma=0.98, lam=0.95
     )
     close(advantages, 0, atol=1e-4)
@@ -200,7 +200,7 @@ def test_a_mask_passes_over_steps():
     rewards, values, next_values = (rng.normal(size=(9, 3)).astype(np.float32) for _ in range(3))
     terminated, truncated = rng.random((2, 9, 3)) < 0.2
     mask = rng.random((9, 3)) < 0.6
-    estimate = jax.jit(functools.partial(generalized_advantages, gamma=0.9, lam=0.8))
+    estimate = functools.partial(ESTIMATE, gamma=0.9, lam=0.8)
     arrays = rewards, values, next_values, terminated, truncated
     spoiled = (np.where(mask, x, True if x.dtype == bool else np.nan) for x in arrays)
     advantages, returns = jax.device_get(estimate(*spoiled, mask=mask))

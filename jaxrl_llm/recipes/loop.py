@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich import print as rich_print
+from rich.console import Console
+from rich.text import Text
 
 from jaxrl_llm.recipes.options import RunOptions
 from jaxrl_llm.recipes.progress import Progress
@@ -55,7 +56,7 @@ def training_loop(
         Progress(max(total_steps, 1), label, start=done, show=show) as progress,
     ):
         for difference in logger.config_differences:
-            rich_print(f"[yellow]Resumed with another option: {difference}")
+            Console().print(Text(f"Resumed with another option: {difference}", "yellow"), soft_wrap=True)
         if evaluate is not None and done == 0:
             logger.log(0, evaluate(state))
         while done < total_steps and not interrupt.stop:
@@ -74,7 +75,7 @@ def training_loop(
         if saved < done:  # stopped by Ctrl-C, which may come at any point of the loop
             _save(folder, done, state, settings, config.save_total_limit)
     if done < total_steps:
-        rich_print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
+        print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
     return state, done >= total_steps
 
 

@@ -25,6 +25,11 @@ def write_rows(path, rows):
     return str(path)
 
 
+def words(**settings):
+    """Settings as they are written on a command line."""
+    return [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
 def curve(folder):
     """The lines of metrics.jsonl, as they are written (NaN is a string), without their times."""
     lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text("utf-8").splitlines()]

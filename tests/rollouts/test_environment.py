@@ -95,7 +95,8 @@ def test_inside_an_episode_the_final_observation_is_the_next_observation(tossed)
     _, end, transitions = tossed
     following = np.concatenate([transitions.observation[1:], end.observation[None]])
     inside = ~transitions.terminated
-    np.testing.assert_array_equal(transitions.final_observation[inside], following[inside])
+    # One value, which the compiler may compute in two places with different rounding.
+    np.testing.assert_allclose(transitions.final_observation[inside], following[inside], rtol=1e-6)
     assert np.abs(following[~inside]).max() <= START_BOUND
 
 

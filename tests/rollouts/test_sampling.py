@@ -109,8 +109,9 @@ def test_the_neutral_value_of_a_traced_filter_keeps_the_far_tail():
     np.testing.assert_array_equal(found, logits)
 
 
-@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}], ids=str)
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 0.0}, {"min_p": 1.0}], ids=str)
 def test_the_most_likely_token_survives_every_filter(settings):
+    """Also a nucleus of nothing, which cannot be refused when it is traced."""
     rows = [[0.0, 3.0, -1.0], [-jnp.inf, 1e4, -1e4], [-jnp.inf, -2.0, -jnp.inf], [-1e38, 1e38, 0.0]]
     assert support(filter_traced(jnp.array(rows), **settings)) == [{1}] * 4
 

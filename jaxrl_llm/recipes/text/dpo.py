@@ -155,8 +155,8 @@ def run(config: Config) -> dict[str, Any]:
     """
     validate(config)
     init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    model = load_model(config, init_key)
     examples = [preference_example(row) for row in load_rows(config.dataset, config.split)]
+    model = load_model(config, init_key)
     train, held_out = (
         tokenize_preference_rows([examples[i] for i in indices], model.tokenizer, max_length=config.max_length)
         for indices in split_indices(len(examples), held_out=config.eval_fraction, seed=0)

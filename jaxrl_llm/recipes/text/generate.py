@@ -10,7 +10,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from rich import print as rich_print
+from rich.console import Console
 from rich.text import Text
 
 from jaxrl_llm.data import tokenize_prompt
@@ -49,6 +49,8 @@ def run(config: Config) -> list[str]:
     """
     require_at_least(1, max_new_tokens=config.max_new_tokens, num_generations=config.num_generations)
     require("temperature", config.temperature, "at least 0", lambda t: t >= 0)
+    require("top_p", config.top_p, "in (0, 1]", lambda p: 0 < p <= 1)
+    require_at_least(0, seed=config.seed)
     require("prompt", config.prompt, "at least one text, none of them empty", lambda p: p and all(p))
     key = jax.random.key(config.seed)
     model = load_model(ModelOptions(model=config.model), key)
@@ -66,6 +68,8 @@ def run(config: Config) -> list[str]:
         temperature=config.temperature,
         top_p=config.top_p,
     )
+    console = Console()
     for index, completion in enumerate(completions):
-        rich_print(Text(texts[index // config.num_generations], style="dim") + Text(completion, style="bold"))
+        prompt = Text(texts[index // config.num_generations], style="dim")
+        console.print(prompt + Text(completion, style="bold"), soft_wrap=True)
     return completions

@@ -146,8 +146,14 @@ def validate(config: Config) -> None:
     parts = config.gradient_accumulation_steps
     require("gradient_accumulation_steps", parts, f"a divisor of the {rows} completions", lambda k: rows % k == 0)
     require("temperature", config.temperature, "positive: greedy completions are all alike", lambda t: t > 0)
+    require_at_least(0, top_k=config.top_k)
+    require("top_p", config.top_p, "in (0, 1]", lambda p: 0 < p <= 1)
+    require("min_p", config.min_p, "in [0, 1]", lambda p: 0 <= p <= 1)
+    require("repetition_penalty", config.repetition_penalty, "positive", lambda penalty: penalty > 0)
     require("eval_fraction", config.eval_fraction, "between 0 and 1", lambda share: 0 < share < 1)
     require("epsilon", config.epsilon, "in (0, 1)", lambda e: 0 < e < 1)
+    for name in ("epsilon_high", "delta"):
+        require(name, getattr(config, name), "positive or None", lambda value: value is None or value > 0)
     require("beta", config.beta, "at least 0", lambda beta: beta >= 0)
     require("reward_funcs", config.reward_funcs, "at least one function", bool)
     weights, functions = len(config.reward_weights), len(config.reward_funcs)

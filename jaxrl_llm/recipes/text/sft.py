@@ -137,10 +137,10 @@ def run(config: Config) -> dict[str, Any]:
     """
     validate(config)
     init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
-    model = load_model(config, init_key)
     examples = [supervised_example(row) for row in load_rows(config.dataset, config.split)]
     if config.eval_exact_match:
         _require_answers(examples)
+    model = load_model(config, init_key)
     train_indices, eval_indices = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
     train, held_out = (
         tokenize_sft_rows(

@@ -1,0 +1,315 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from jaxrl_llm import cli
+from jaxrl_llm.data import (
+    SupervisedExample,
+    collate_sft,
+    load_tokenizer,
+    split_indices,
+    supervised_example,
+    tokenize_sft,
+    tokenize_sft_rows,
+)
+from jaxrl_llm.models import from_pretrained
+from jaxrl_llm.recipes.text import sft
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, load_rows
+from tests.recipes.runs import (
+    TINY,
+    assert_close_weights,
+    assert_complete_folder,
+    assert_same_run,
+    curve,
+    press_ctrl_c_after,
+    words,
+    write_rows,
+)
+
+pytestmark = pytest.mark.usefixtures("shared_programs")
+
+EOS = "<|endoftext|>"
+FORMATS = {
+    "instruction": (
+        {"instruction": "用一句话介绍长城。", "input": "", "output": "长城是古代的防御工程。"},
+        "### Instruction:\n用一句话介绍长城。\n### Response:\n",
+        "长城是古代的防御工程。" + EOS,
+    ),
+    "instruction with input": (
+        {"instruction": "翻译成英文", "input": "你好", "output": "Hello", "text": "not read"},
+        "### Instruction:\n翻译成英文\n### Input:\n你好\n### Response:\n",
+        "Hello" + EOS,
+    ),
+    "conversations": (
+        {"conversations": [{"from": "human", "value": "今天天气如何？"}, {"from": "gpt", "value": "晴。"}]},
+        "### User:\n今天天气如何？\n### Assistant:\n",
+        "晴。" + EOS,
+    ),
+    "messages": (
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
+        "### User:\nHi\n### Assistant:\n",
+        "Hello." + EOS,
+    ),
+    "prompt and completion": (
+        {"prompt": "Define: happiness\n", "completion": "joy"},
+        "Define: happiness\n",
+        "joy" + EOS,
+    ),
+    # Nothing predicts the first token of a text, so it is no target.
+    "text": ({"text": "Once upon a time"}, "Once", " upon a time" + EOS),
+}
+
+
+def write_json(path, rows):
+    Path(path).write_text(json.dumps(rows, ensure_ascii=False), "utf-8")
+
+
+def write_parquet(path, rows):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+@pytest.fixture(scope="module")
+def gpt2_tokenizer():
+    return load_tokenizer("gpt2")
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(("kind", "write"), [("json", write_json), ("jsonl", write_rows), ("parquet", write_parquet)])
+def test_every_format_from_every_file_trains_the_response_and_its_eos_alone(
+    name, kind, write, gpt2_tokenizer, tmp_path
+):
+    row, prompt, response = FORMATS[name]
+    write(tmp_path / f"rows.{kind}", [row, row])
+    examples = [supervised_example(row) for row in load_rows(str(tmp_path / f"rows.{kind}"))]
+    tokens = tokenize_sft_rows(examples, gpt2_tokenizer, max_length=256).rows
+    assert len(tokens) == 2
+    assert gpt2_tokenizer.decode(tokens[1].ids[~tokens[1].loss_mask]) == prompt
+    assert gpt2_tokenizer.decode(tokens[1].ids[tokens[1].loss_mask]) == response
+
+
+def test_a_run_lowers_the_loss_and_leaves_everything_behind(tuned):
+    config, figures = tuned
+    lines = curve(config.output_dir)
+    assert lines[0]["eval_loss"] > 2.5
+    assert figures["eval_loss"] == pytest.approx(lines[-1]["eval_loss"])
+    assert figures["eval_loss"] < 1.4
+    assert np.mean([line["loss"] for line in lines[-5:]]) < 1
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 25, 50, 75, 100]
+    assert_complete_folder(config.output_dir, steps=[80, 100])
+    saved = json.loads(Path(config.output_dir, "config.json").read_text())
+    assert saved == {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite")}
+
+
+def test_metrics_have_the_names_of_trl(tuned):
+    names = {"loss", "grad_norm", "learning_rate", "epoch", "mean_token_accuracy", "num_tokens", "entropy"}
+    last = curve(tuned[0].output_dir)[-1]
+    assert set(last) >= names | {"eval_loss", "eval_mean_token_accuracy", "eval_entropy"}
+    assert last["epoch"] == pytest.approx(100 * 16 / 75)
+
+
+def held_out_tokens(config, tokenizer):
+    rows = load_rows(config.dataset)
+    examples = [supervised_example(rows[i]) for i in split_indices(len(rows), held_out=0.25, seed=0)[1]]
+    return examples, [tokenize_sft(example, tokenizer, max_length=256) for example in examples]
+
+
+def test_the_held_out_loss_is_the_mean_over_all_response_tokens_though_the_last_batch_is_ragged(tuned):
+    config, figures = tuned
+    module, params, tokenizer = from_pretrained(figures["model"])
+    _, rows = held_out_tokens(config, tokenizer)
+    assert len(rows) == 25 > config.per_device_train_batch_size
+    assert len({len(row.ids) for row in rows}) > 1
+    logits_of = jax.jit(lambda tokens: module.apply({"params": params}, tokens)[0])
+    losses, hits = [], []
+    for row in rows:
+        logits = np.asarray(logits_of(row.ids[None, :-1])[0], np.float64)
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        targets, trained = row.ids[1:], row.loss_mask[1:]
+        losses += list(-log_probs[np.arange(len(targets)), targets][trained])
+        hits += list((logits.argmax(-1) == targets)[trained])
+    assert figures["eval_loss"] == pytest.approx(np.mean(losses), abs=2e-6)
+    assert figures["eval_mean_token_accuracy"] == pytest.approx(np.mean(hits), abs=1e-6)
+
+
+def share_right(module, params, tokenizer, examples):
+    """Completes prompts of four tokens greedily, without a cache, and compares."""
+    logits_of = jax.jit(lambda tokens: module.apply({"params": params}, tokens)[0])
+    right = []
+    for example in examples:
+        ids = tokenizer.encode(example.prompt)
+        while len(ids) < 4 + 3 and ids[-1] != tokenizer.eos_token_id:  # the longest answer has two digits and EOS
+            padded = np.array([ids + [0] * (8 - len(ids))])
+            ids.append(int(np.argmax(logits_of(padded)[0, len(ids) - 1])))
+        right.append(tokenizer.decode(ids[4:], skip_special_tokens=True) == example.completion)
+    return np.mean(right)
+
+
+def test_exact_match_counts_the_held_out_answers_that_greedy_completion_gets_right(tuned):
+    config, figures = tuned
+    before = load_model(config, jax.random.split(jax.random.key(config.seed), 3)[0])
+    after = from_pretrained(figures["model"])
+    examples, _ = held_out_tokens(config, before.tokenizer)
+    assert figures["eval_exact_match_before"] == pytest.approx(share_right(*before, examples))
+    assert figures["eval_exact_match"] == pytest.approx(share_right(*after, examples))
+
+
+@pytest.fixture(scope="module")
+def blind():
+    """A model that sees positions and no tokens: what it is given changes nothing, what it is asked for does."""
+    model = load_model(sft.Config(**TINY, tie_word_embeddings=False), jax.random.key(0))
+    params = dict(model.params)
+    params["token_embedding"] = jax.tree.map(jnp.zeros_like, params["token_embedding"])
+    return LanguageModel(model.module, params, model.tokenizer)
+
+
+@pytest.mark.parametrize(("completion_only", "changes"), [(True, False), (False, True)])
+def test_prompts_and_padding_are_no_targets(blind, completion_only, changes):
+    config = sft.Config(**TINY, completion_only_loss=completion_only)
+    loss_fn = jax.jit(sft.make_loss(blind, config))
+
+    def loss(prompt, pad_id, completion="12"):
+        example = SupervisedExample(prompt, completion)
+        row = tokenize_sft(example, blind.tokenizer, max_length=99, completion_only_loss=completion_only)
+        batch = sft.Batch(*map(jnp.asarray, collate_sft([row], pad_id=pad_id, length=12)))
+        return float(
+            loss_fn(blind.params, batch._replace(weights=sft.batch_weights(batch, None)), jax.random.key(0))[0]
+        )
+
+    assert loss("3+9=", 0) == loss("3+9=", 5)
+    assert (loss("3+9=", 0) != loss("7+5=", 0)) == changes
+    assert loss("3+9=", 0, "12") != loss("3+9=", 0, "13")
+
+
+def test_accumulating_gradients_over_micro_batches_changes_nothing(tuned, tmp_path):
+    once = dataclasses.replace(
+        tuned[0],
+        output_dir=str(tmp_path / "once"),
+        optim="sgd",
+        learning_rate=0.5,
+        max_steps=6,
+        warmup_steps=1,
+        logging_steps=1,
+        eval_exact_match=False,
+    )
+    in_parts = dataclasses.replace(once, output_dir=str(tmp_path / "in_parts"), gradient_accumulation_steps=4)
+    sft.run(once)
+    sft.run(in_parts)
+    assert_close_weights(once.output_dir, in_parts.output_dir, atol=1e-6)
+    for line, other in zip(curve(once.output_dir), curve(in_parts.output_dir), strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert curve(once.output_dir)[-1]["loss"] < curve(once.output_dir)[1]["loss"] - 0.1
+
+
+def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
+    options = words(
+        **TINY,
+        dataset=write_rows(tmp_path / "sums.jsonl", rows),
+        dropout=0.1,
+        gradient_accumulation_steps=2,
+        max_steps=60,
+        warmup_steps=5,
+        logging_steps=1,
+        eval_steps=10,
+        save_steps=10,
+    )
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs, "JAX_PLATFORMS": "cpu"}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    environment.pop("XLA_FLAGS")
+
+    def start(name, *more):
+        command = [sys.executable, "-m", "jaxrl_llm.cli", "sft", *options, "--output-dir", name, *more]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+    whole = start("whole")
+    output = whole.communicate(timeout=300)
+    assert whole.returncode == 0, output
+
+    killed = start("killed")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    # Kill it when it has done, and logged, more than its newest checkpoint holds.
+    while not (tmp_path / "killed/checkpoints/20").exists() or '"step": 23,' not in metrics.read_text():
+        assert killed.poll() is None, killed.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model").exists()
+
+    resumed = start("killed", "--resume")
+    output = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert "another option" not in output[0]
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    assert len(curve(tmp_path / "killed")) == 61
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_no_model(tuned, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(tuned[0], output_dir=str(tmp_path / "run"))
+    press_ctrl_c_after(monkeypatch, step=5)
+    figures = sft.run(config)
+    assert set(figures) >= {"eval_loss", "eval_exact_match_before"}
+    assert not {"model", "eval_exact_match"} & set(figures)
+    assert (tmp_path / "run" / "checkpoints" / "5").is_dir()
+    assert not (tmp_path / "run" / "model").exists()
+    assert "Stopped after step 5 of 100; --resume goes on from here." in capsys.readouterr().out
+
+
+def test_chinese_goes_through_gpt2s_bpe_into_a_model_and_back(tmp_path, capsys):
+    rows = [{"instruction": "床前明月光", "input": "", "output": "疑是地上霜。"}] * 5
+    options = words(
+        **TINY | {"tokenizer": "gpt2", "n_positions": 64},
+        dataset=write_rows(tmp_path / "poem.jsonl", rows),
+        output_dir=tmp_path / "run",
+        max_steps=30,
+        warmup_steps=2,
+        learning_rate=0.02,
+        per_device_train_batch_size=4,
+    )
+    cli.main(["sft", *options])
+    cli.main(["generate", "--model", f"{tmp_path}/run/model", "--instruction", "--prompt", "床前明月光"])
+    assert capsys.readouterr().out.splitlines()[-1] == "床前明月光疑是地上霜。"
+
+
+@pytest.mark.parametrize("row", [FORMATS["messages"][0], FORMATS["text"][0]])
+def test_exact_match_of_rows_that_ask_for_no_single_text_is_refused(tmp_path, row):
+    path = write_rows(tmp_path / "rows.jsonl", [FORMATS["instruction"][0], row])
+    config = sft.Config(**TINY, dataset=path, eval_exact_match=True)
+    with pytest.raises(ValueError, match=r"eval_exact_match needs .*; row 2 is a conversation or plain text"):
+        sft.run(config)
+
+
+def test_rows_longer_than_the_model_reads_are_refused_with_a_cure(tuned, tmp_path):
+    config = dataclasses.replace(tuned[0], output_dir=str(tmp_path / "run"), n_positions=4)
+    with pytest.raises(ValueError, match=r"n_positions=4 tokens, and 6 are needed: lower max_length, or give .*more"):
+        sft.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_of_one_row_is_refused_for_none_could_be_held_out(tmp_path):
+    config = sft.Config(**TINY, dataset=write_rows(tmp_path / "one.jsonl", [{"text": "1+1=2"}]))
+    with pytest.raises(ValueError, match=r"one.jsonl has one row; at least 2 are needed"):
+        sft.run(config)
+
+
+@pytest.mark.slow
+def test_the_defaults_learn_to_define_english_words(tmp_path):
+    figures = sft.run(sft.Config(output_dir=str(tmp_path / "run"), max_steps=300))
+    lines = curve(tmp_path / "run")
+    assert lines[0]["eval_loss"] == pytest.approx(np.log(50257), abs=0.2)
+    assert figures["eval_loss"] < 6.0
