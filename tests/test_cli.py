@@ -30,18 +30,19 @@ def python(*arguments, **environment):
 
 
 def options_of_help(command, monkeypatch, capsys):
-    """Each option with what the help says about it."""
-    monkeypatch.setenv("COLUMNS", "200")
+    """Each option with what the help says about it, in a terminal so wide that it breaks no line."""
+    monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setenv("NO_COLOR", "1")
     with pytest.raises(SystemExit) as stop:
         cli.main([*command.split(), "--help"])
     assert stop.value.code == 0
-    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    parts = re.split(r"(?:^|\n)(?=--?[a-z])", "\n".join(lines))
+    lines = [line.strip("│ ") for line in capsys.readouterr().out.splitlines()]
+    text = "\n".join(line for line in lines if not re.fullmatch(r"[-╭╮╰╯─ ]+|.*─.*", line))
+    parts = re.split(r"\n(?=--?[a-z])", text)[1:]
     found = re.compile(
-        r"(?:-h, )?--([a-z0-9-]+)(?:, --no-\S+)?(?: (?:[A-Z]+|\{.*?\}|\[.*?\]|\S*\|\S*))*\s*(.*)", re.DOTALL
+        r"(?:-h, )?--([a-z0-9-]+)(?:, --no-\S+)?(?: (?:\S*\|\S*|[A-Z]+|\{\S*\}|\[.*?\]\]?))*\s+(.*)", re.DOTALL
     )
-    return dict(found.fullmatch(part).groups() for part in parts if part.startswith("-"))
+    return {name: text.strip() for name, text in (found.fullmatch(part).groups() for part in parts)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -65,11 +66,11 @@ def test_defaults_in_the_help_are_those_of_the_settings(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_the_lines_of_help_are_broken_by_the_terminal_alone(command, monkeypatch, capsys):
-    # A docstring of several lines would be shown with its line breaks, in the middle of a sentence.
-    monkeypatch.setenv("COLUMNS", "400")
-    for name, text in options_of_help(command, monkeypatch, capsys).items():
-        assert "\n" not in text.strip(), name
+def test_no_sentence_of_the_help_is_broken_where_its_docstring_is(command, monkeypatch, capsys):
+    shown = options_of_help(command, monkeypatch, capsys)
+    assert shown
+    for name, text in shown.items():
+        assert all(line.endswith(".") for line in text.splitlines()[:-1]), name
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])

@@ -1,31 +1,9 @@
 """A run that several tests start from, and programs that several runs share."""
 
-import contextlib
-
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrl_llm.recipes.text import sft
-from tests.recipes.runs import TINY, write_rows
-
-CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": 0}
-
-
-@contextlib.contextmanager
-def sharing_programs(folder):
-    """A resumed run, and a run on other data, have programs that were compiled before."""
-    settings = {"jax_compilation_cache_dir": folder, **CACHE}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+from tests.recipes.runs import TINY, sharing_programs, write_rows
 
 
 @pytest.fixture(scope="session")

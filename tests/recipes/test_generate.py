@@ -89,5 +89,5 @@ def test_a_prompt_that_the_tokenizer_cannot_write_is_refused_by_the_command_with
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing"):
         run(str(tmp_path), "a")
