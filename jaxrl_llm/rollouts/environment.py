@@ -13,10 +13,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import gymnax
 import jax
 import jax.numpy as jnp
-from gymnax.environments import spaces
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxrl_llm.log_probs import token_log_probs
@@ -91,6 +89,8 @@ def make_environment(name: str) -> tuple[Any, Any]:
         >>> env_params.max_steps_in_episode
         500
     """
+    import gymnax  # brings plotting libraries along, which sampling text should not wait for
+
     if name in gymnax.registered_envs:
         return gymnax.make(name)
     nearest = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.5)
@@ -106,6 +106,8 @@ def num_discrete_actions(env: Any, env_params: Any) -> int:
     Raises:
         ValueError: If its actions are continuous.
     """
+    from gymnax.environments import spaces
+
     space = env.action_space(env_params)
     if not isinstance(space, spaces.Discrete):
         raise ValueError(
@@ -121,6 +123,8 @@ def observation_shape(env: Any, env_params: Any) -> tuple[int, ...]:
     Raises:
         ValueError: If the observation is a category or a tree: wrap the environment to make an array of it.
     """
+    from gymnax.environments import spaces
+
     space = env.observation_space(env_params)
     if not isinstance(space, spaces.Box):
         raise ValueError(
