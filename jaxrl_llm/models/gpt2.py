@@ -165,7 +165,7 @@ class GPT2(nn.Module):
         position_embedding = _embedding(config, config.n_positions, "position_embedding")
         hidden = token_embedding(jnp.where(real, tokens, 0)) + position_embedding(positions)
         hidden = nn.Dropout(config.embd_pdrop, deterministic=deterministic)(hidden.astype(config.dtype))
-        carry, layers = (hidden, layer_cache), jnp.arange(config.n_layer)
+        carry, layers = (hidden, layer_cache), jnp.arange(config.n_layer, dtype=jnp.int32)
         (hidden, layer_cache), _ = _stack(config, deterministic)(carry, layers, visible, start)
         hidden = _layer_norm(config, "final_norm")(hidden)
         if cache is not None:
