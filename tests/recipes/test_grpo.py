@@ -341,6 +341,15 @@ def test_rollout_metrics_by_hand():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6, err_msg=name)
 
 
+def test_equal_rewards_have_no_deviation_whatever_they_are():
+    # Their mean is rounded, so that a computed deviation may be a rounding error.
+    mask = jnp.ones((8, 1), bool)
+    completions = Completions(jnp.zeros((8, 1), jnp.int32), mask, jnp.zeros((8, 1)), jnp.zeros((8, 1)))
+    rewards = jnp.array([[value] * 8 for value in (0.1, 0.3, 0.7, -2.2, 123.4)])
+    metrics = jax.jit(jax.vmap(rollout_metrics, in_axes=(None, 0, None)), static_argnums=2)(completions, rewards, 8)
+    np.testing.assert_array_equal(metrics["frac_reward_zero_std"], 1)
+
+
 def test_an_evaluation_of_some_held_out_prompts_takes_them_from_everywhere(base):
     model = load_model(base, jax.random.key(0))
     everything = grpo._tables(model, base)[1].texts

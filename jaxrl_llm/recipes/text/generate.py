@@ -1,6 +1,6 @@
-"""Complete prompts with a saved model.
+r"""Complete prompts with a saved model.
 
-    jaxrl-llm generate --model runs/sft/model --prompt "Define: happiness"
+    jaxrl-llm generate --model runs/sft/model --prompt "Define: happiness\n"
     jaxrl-llm generate --model my/gpt2 --prompt "Once upon a time" --num-generations 3 --temperature 0.8
 
 A backslash followed by n in a prompt is read as a line break, which shells make hard to type.

@@ -1,11 +1,10 @@
 """Group relative policy optimization (GRPO): sample several completions of each prompt, learn from the better ones.
 
-    jaxrl-llm grpo --model runs/sums/model --dataset sums --traceable-rewards \
-        --reward-funcs jaxrl_llm.rewards:exact_match_tokens --output-dir runs/sums-grpo
+    jaxrl-llm grpo --model runs/sums/model --reward-funcs jaxrl_llm.rewards:exact_match_tokens --traceable-rewards
     jaxrl-llm grpo --model my/gpt2 --dataset prompts.jsonl --reward-funcs my_rewards.py:helpful
 
 One iteration: sample `num_generations` completions of each prompt, reward them, subtract the mean reward of each group
-(there is no critic), and make `num_iterations` updates with the clipped surrogate. A reward is any Python function in
+as there is no critic, and make `num_iterations` updates with the clipped surrogate. A reward is any Python function in
 TRL's signature, `reward(prompts, completions, **columns) -> list[float | None]`. With `traceable_rewards` it is a JAX
 function of token ids, and the whole iteration is one compiled program, which can be vmapped over seeds.
 """
