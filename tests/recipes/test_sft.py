@@ -309,7 +309,8 @@ def test_a_dataset_of_one_row_is_refused_for_none_could_be_held_out(tmp_path):
 
 @pytest.mark.slow
 def test_the_defaults_learn_to_define_english_words(tmp_path):
-    figures = sft.run(sft.Config(output_dir=str(tmp_path / "run"), max_steps=300))
-    lines = curve(tmp_path / "run")
-    assert lines[0]["eval_loss"] == pytest.approx(np.log(50257), abs=0.2)
-    assert figures["eval_loss"] < 6.0
+    figures = sft.run(sft.Config(output_dir=str(tmp_path / "run"), max_steps=200))
+    before = curve(tmp_path / "run")[0]["eval_loss"]
+    assert before == pytest.approx(np.log(50257), abs=0.1)
+    # Knowing how often each token occurs, and nothing else, gives 6.85 (add-0.1 smoothing, the best of several).
+    assert figures["eval_loss"] < 6.4
