@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxrl_llm.chunks import map_time_chunks
+from jaxrl_llm.types import Numeric
+
 KLEstimator: TypeAlias = Literal["k1", "k2", "k3"]
 
 
@@ -25,9 +28,15 @@ def categorical_kl(
         >>> round(float(categorical_kl(p, q)), 6)
         0.143841
     """
-    dtype = jnp.promote_types(logits_p.dtype, jnp.float32)
-    log_p = jax.nn.log_softmax(logits_p.astype(dtype), axis=-1)
-    log_q = jax.nn.log_softmax(logits_q.astype(dtype), axis=-1)
+    return _kl(_log_softmax(logits_p), _log_softmax(logits_q))
+
+
+def _log_softmax(logits: Array, temperature: Numeric = 1.0) -> Array:
+    return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature, axis=-1)
+
+
+def _kl(log_p: Array, log_q: Array) -> Array:
+    """Computes the divergence of normalised log-probabilities."""
     possible = log_p > -jnp.inf
     difference = jnp.where(possible, log_p, 0) - jnp.where(possible, log_q, 0)
     return jnp.sum(jnp.where(possible, jnp.exp(log_p), 0) * difference, axis=-1)
@@ -61,3 +70,80 @@ def kl_estimate(
     if estimator == "k3":
         return jnp.expm1(-difference) + difference
     raise ValueError(f"estimator must be one of {get_args(KLEstimator)}, got {estimator!r}.")
+
+
+def generalized_jsd(
+    student_logits: Float[Array, "*shape vocab"],
+    teacher_logits: Float[Array, "*shape vocab"],
+    *,
+    beta: Numeric = 0.5,
+    temperature: Numeric = 1.0,
+) -> Float[Array, "*shape"]:
+    r"""Computes the generalised Jensen-Shannon divergence of teacher $T$ and student $S$ at each position, in nats.
+
+    $$ \beta\,\mathrm{KL}(T\|M) + (1-\beta)\,\mathrm{KL}(S\|M), \qquad M = \beta T + (1-\beta) S $$
+
+    and at the ends, where this would be 0, $\mathrm{KL}(T\|S)$ for β = 0 and $\mathrm{KL}(S\|T)$ for β = 1: its limits
+    divided by β or 1 − β.
+
+    Args:
+        student_logits: Unnormalised log-probabilities of the student.
+        teacher_logits: Those of the teacher.
+        beta: In [0, 1].
+        temperature: Positive divisor of both.
+
+    References:
+        Agarwal et al., 2024, eq. 1. https://arxiv.org/abs/2306.13649
+    """
+    student, teacher = (_log_softmax(x, temperature) for x in (student_logits, teacher_logits))
+    beta = jnp.asarray(beta, student.dtype)
+    share = jnp.clip(beta, 0, 1)
+    # What both exclude stays out of the mixture: the sum of two zeros has no logarithm, and NaN for a gradient.
+    possible = (student > -jnp.inf) | (teacher > -jnp.inf)
+    mixture = jnp.logaddexp(
+        jnp.where(possible, student, 0) + jnp.log1p(-share), jnp.where(possible, teacher, 0) + jnp.log(share)
+    )
+    # At the ends the mixture is one of the two, and the divergence of the other from it is what remains.
+    of_teacher = jnp.where(beta >= 1, 0, jnp.where(beta <= 0, 1, beta))
+    of_student = jnp.where(beta <= 0, 0, jnp.where(beta >= 1, 1, 1 - beta))
+    return of_teacher * _kl(teacher, mixture) + of_student * _kl(student, mixture)
+
+
+def chunked_generalized_jsd(
+    student_hidden: Float[Array, "*batch time student_hidden"],
+    student_kernel: Float[Array, "student_hidden vocab"],
+    teacher_hidden: Float[Array, "*batch time teacher_hidden"],
+    teacher_kernel: Float[Array, "teacher_hidden vocab"],
+    *,
+    beta: Numeric = 0.5,
+    temperature: Numeric = 1.0,
+    chunk_size: int = 128,
+) -> Float[Array, "*batch time"]:
+    """Computes `generalized_jsd(student_hidden @ student_kernel, teacher_hidden @ teacher_kernel)` in chunks of time.
+
+    Logits exist for `chunk_size` positions of each row only, in the forward and in the backward pass.
+
+    Args:
+        student_hidden: Last hidden states of the student.
+        student_kernel: Its head.
+        teacher_hidden: Last hidden states of the teacher, for the same positions.
+        teacher_kernel: Its head; the vocabulary is the student's.
+        beta: As in `generalized_jsd`.
+        temperature: As in `generalized_jsd`.
+        chunk_size: Positions along time whose logits exist at once.
+    """
+
+    def logits(hidden: Array, kernel: Array) -> Array:
+        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
+
+    def jsd(student_hidden: Array, teacher_hidden: Array) -> Array:
+        return generalized_jsd(
+            logits(student_hidden, student_kernel),
+            logits(teacher_hidden, teacher_kernel),
+            beta=beta,
+            temperature=temperature,
+        )
+
+    axis = student_hidden.ndim - 2
+    return map_time_chunks(jsd, student_hidden, teacher_hidden, axis=axis, chunk_size=chunk_size)

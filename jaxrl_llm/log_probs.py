@@ -1,12 +1,12 @@
 """Log-probabilities of tokens, from logits or, without ever building `[batch, time, vocab]`, from hidden states."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.chunks import map_time_chunks
 from jaxrl_llm.types import Numeric
 
 
@@ -20,6 +20,8 @@ class TokenStatistics(NamedTuple):
         mean_log_probs: Mean of the log-probabilities of all tokens that are possible (a logit above -inf), nats: what
             label smoothing adds.
         is_argmax: Whether the given token is the most likely one.
+        log_sum_sq_probs: Log of the sum of the squared probabilities of all tokens, at most 0: the mean log-probability
+            of a token of the policy's own, up to Jensen's inequality (WPO).
     """
 
     log_probs: Float[Array, "*batch time"]
@@ -27,6 +29,7 @@ class TokenStatistics(NamedTuple):
     logsumexp: Float[Array, "*batch time"]
     mean_log_probs: Float[Array, "*batch time"]
     is_argmax: Bool[Array, "*batch time"]
+    log_sum_sq_probs: Float[Array, "*batch time"]
 
 
 def _centred(logits: Array, temperature: Numeric) -> tuple[Array, Array]:
@@ -96,6 +99,7 @@ def token_statistics(
         logsumexp=logsumexp + largest,
         mean_log_probs=jnp.sum(jnp.where(possible, logits, 0), axis=-1) / possible.sum(-1) - logsumexp,
         is_argmax=jnp.argmax(logits, axis=-1) == tokens,
+        log_sum_sq_probs=jax.nn.logsumexp(2 * logits, axis=-1) - 2 * logsumexp,
     )
 
 
@@ -122,29 +126,10 @@ def chunked_token_statistics(
     Raises:
         ValueError: If `chunk_size` is not positive.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1 position, got {chunk_size}.")
-    time = tokens.shape[-1]
-    chunk_size = min(chunk_size, max(time, 1))
-    num_chunks = -(-time // chunk_size)
 
-    def split(x: Array, axis: int) -> Array:
-        """Pads time, and puts the chunks in front: [chunks, *batch, chunk, …]."""
-        x = jnp.moveaxis(x, axis, 0)
-        x = jnp.pad(x, [(0, num_chunks * chunk_size - time)] + [(0, 0)] * (x.ndim - 1))
-        x = x.reshape(num_chunks, chunk_size, *x.shape[1:])
-        return jnp.moveaxis(x, 1, axis)
-
-    def join(x: Array) -> Array:
-        """Undoes `split` for arrays that end in time."""
-        x = jnp.moveaxis(x, 0, -2)
-        return x.reshape(*x.shape[:-2], num_chunks * chunk_size)[..., :time]
-
-    @jax.checkpoint
-    def score(kernel: Array, chunk: tuple[Array, Array]) -> TokenStatistics:
+    def score(hidden: Array, tokens: Array) -> TokenStatistics:
         dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-        logits = jnp.matmul(chunk[0], kernel.astype(hidden.dtype), preferred_element_type=dtype)
-        return token_statistics(logits, chunk[1], temperature=temperature)
+        logits = jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype)
+        return token_statistics(logits, tokens, temperature=temperature)
 
-    chunks = split(hidden, -2), split(tokens, -1)
-    return jax.tree.map(join, jax.lax.map(partial(score, kernel), chunks))
+    return map_time_chunks(score, hidden, tokens, axis=tokens.ndim - 1, chunk_size=chunk_size)

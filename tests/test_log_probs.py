@@ -15,6 +15,11 @@ from jaxrl_llm.log_probs import chunked_token_statistics, token_entropy, token_l
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 
+def floats_of(statistics):
+    """All but `is_argmax`, which has no gradient."""
+    return *statistics[:4], statistics.log_sum_sq_probs
+
+
 # Vectors of rlax (rlax/_src/distributions_test.py).
 @pytest.mark.parametrize(
     ("logits", "temperature", "probs"),
@@ -56,6 +61,7 @@ def test_all_statistics_by_hand():
     close(statistics.logsumexp, [3, 3])
     close(statistics.mean_log_probs, np.log(probs).mean(-1))
     assert statistics.is_argmax.tolist() == [True, False]
+    close(statistics.log_sum_sq_probs, np.log((probs**2).sum(-1)))
 
 
 LOGITS = hnp.arrays(np.float32, (2, 4, 5), elements=st.floats(-20, 20, width=32))
@@ -76,6 +82,9 @@ def test_log_probs_are_those_of_the_softmax(logits, tokens, temperature):
     close(statistics.log_probs, reference, atol=1e-6)
     close(statistics[:2], parts, atol=1e-6)
     assert (statistics.log_probs <= 0).all()
+    assert (statistics.log_sum_sq_probs <= 1e-6).all()
+    # The mean of log p under p is at most the log of its mean (Jensen).
+    assert (-statistics.entropy <= statistics.log_sum_sq_probs + 1e-5).all()
     assert (statistics.entropy >= -1e-6).all()
     assert (statistics.entropy <= np.log(5) + 1e-6).all()
 
@@ -85,7 +94,7 @@ def test_a_shift_of_the_logits_changes_the_normaliser_alone(logits, tokens, shif
     plain, *_ = jax.device_get(statistics_and_parts(logits, tokens, 1.0))
     moved, *_ = jax.device_get(statistics_and_parts(logits + shift, tokens, 1.0))
     close(moved.logsumexp - shift, plain.logsumexp, rtol=1e-5, atol=1e-4)
-    for name in ("log_probs", "entropy", "mean_log_probs"):
+    for name in ("log_probs", "entropy", "mean_log_probs", "log_sum_sq_probs"):
         close(getattr(moved, name), getattr(plain, name), rtol=1e-4, atol=1e-3, err_msg=name)
 
 
@@ -98,11 +107,12 @@ def test_logits_far_from_zero_lose_no_digits():
     close(statistics.log_probs, log_softmax[:, 0])
     close(statistics.entropy, -(np.exp(log_softmax) * log_softmax).sum(-1))
     close(statistics.mean_log_probs, log_softmax.mean(-1))
+    close(statistics.log_sum_sq_probs, np.log(np.exp(2 * log_softmax).sum(-1)))
 
 
 def test_half_precision_logits_are_scored_in_single_precision():
     logits = jnp.array([[1.0, 2.0, 3.0]], jnp.bfloat16)
-    for x in token_statistics(logits, jnp.array([0]))[:4]:
+    for x in floats_of(token_statistics(logits, jnp.array([0]))):
         assert x.dtype == jnp.float32
     close(token_log_probs(logits, jnp.array([0])), token_log_probs(logits.astype(jnp.float32), jnp.array([0])))
 
@@ -115,7 +125,7 @@ def test_statistics_and_gradients_are_finite_at_extremes():
     @functools.partial(jax.value_and_grad, has_aux=True)
     def total(logits):
         statistics = token_statistics(logits, jnp.array([2, 0, 1]))
-        return sum(x.sum() for x in statistics[:4]), statistics
+        return sum(x.sum() for x in floats_of(statistics)), statistics
 
     (_, statistics), grad = total(EXTREMES)
     chex.assert_tree_all_finite((statistics, grad))
@@ -129,7 +139,7 @@ def test_gradients_equal_finite_differences():
 
         @jax.jit
         def floats(logits, temperature):
-            return token_statistics(logits, jnp.array([0, 3, 4]), temperature=temperature)[:4]
+            return floats_of(token_statistics(logits, jnp.array([0, 3, 4]), temperature=temperature))
 
         check_grads(floats, (logits, jnp.asarray(0.7)), order=1, modes="rev", atol=1e-7, rtol=1e-7)
 
@@ -140,7 +150,7 @@ def test_gradients_equal_finite_differences():
 def inputs(leading, time=7, hidden=4, vocab=11):
     rng = np.random.default_rng(len(leading))
     shape = (*leading, time)
-    arrays = rng.normal(size=(*shape, hidden)), rng.normal(size=(hidden, vocab)), rng.normal(size=(4, *shape))
+    arrays = rng.normal(size=(*shape, hidden)), rng.normal(size=(hidden, vocab)), rng.normal(size=(5, *shape))
     states, kernel, cotangents = (x.astype(np.float32) for x in arrays)
     return states, kernel, rng.integers(0, vocab, shape), cotangents
 
@@ -155,7 +165,7 @@ def value_and_gradient(hidden, kernel, tokens, cotangents, temperature, chunk_si
         else:
             options = {"temperature": temperature, "chunk_size": chunk_size}
             statistics = chunked_token_statistics(hidden, kernel, tokens, **options)
-        return jnp.sum(jnp.stack(statistics[:4]) * cotangents), statistics
+        return jnp.sum(jnp.stack(floats_of(statistics)) * cotangents), statistics
 
     return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(hidden, kernel, temperature)
 
@@ -198,7 +208,7 @@ def test_chunks_of_half_precision_states_are_scored_in_single_precision():
     hidden, kernel, tokens, _ = inputs((2,))
     half = jnp.asarray(hidden, jnp.bfloat16)
     statistics = jax.jit(chunked_token_statistics)(half, kernel, tokens)
-    assert {x.dtype for x in statistics[:4]} == {jnp.dtype("float32")}
+    assert {x.dtype for x in floats_of(statistics)} == {jnp.dtype("float32")}
     dense = jax.jit(token_statistics)(hidden @ kernel, tokens)
     close(statistics.log_probs, dense.log_probs, atol=0.1)
 

@@ -6,9 +6,23 @@ loss does.
 """
 
 from jaxrl_llm.losses.cross_entropy import cross_entropy_loss as cross_entropy_loss
+from jaxrl_llm.losses.distillation import distillation_loss as distillation_loss
+from jaxrl_llm.losses.distillation import token_mean_divergence as token_mean_divergence
 from jaxrl_llm.losses.group_relative import grpo_loss as grpo_loss
 from jaxrl_llm.losses.policy_gradient import policy_gradient_loss as policy_gradient_loss
 from jaxrl_llm.losses.policy_gradient import ppo_loss as ppo_loss
 from jaxrl_llm.losses.preference import dpo_loss as dpo_loss
+from jaxrl_llm.losses.preference import dpo_weights as dpo_weights
+from jaxrl_llm.losses.preference import sequence_log_probs as sequence_log_probs
+from jaxrl_llm.losses.preference import wpo_weights as wpo_weights
+from jaxrl_llm.losses.reference_free import cpo_loss as cpo_loss
+from jaxrl_llm.losses.reference_free import orpo_loss as orpo_loss
 from jaxrl_llm.losses.reward_model import reward_model_loss as reward_model_loss
+from jaxrl_llm.losses.reward_model import reward_regression_loss as reward_regression_loss
+from jaxrl_llm.losses.unpaired import RunningMean as RunningMean
+from jaxrl_llm.losses.unpaired import bco_loss as bco_loss
+from jaxrl_llm.losses.unpaired import kto_kl as kto_kl
+from jaxrl_llm.losses.unpaired import kto_loss as kto_loss
+from jaxrl_llm.losses.unpaired import unpaired_weights as unpaired_weights
+from jaxrl_llm.losses.unpaired import update_running_mean as update_running_mean
 from jaxrl_llm.losses.value import value_loss as value_loss

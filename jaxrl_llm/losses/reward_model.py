@@ -1,4 +1,4 @@
-"""Reward modelling: a scalar for each response, learned from pairs."""
+"""Reward modelling: a scalar for each response, learned from pairs or from ratings."""
 
 import jax
 import jax.numpy as jnp
@@ -50,3 +50,37 @@ def reward_model_loss(
         "max_reward": jnp.max(largest, where=counts, initial=-jnp.inf),
     }
     return weighted_sum(losses, weights), jax.lax.stop_gradient(metrics)
+
+
+def reward_regression_loss(
+    rewards: Float[Array, " batch"],
+    scores: Float[Array, " batch"],
+    *,
+    weights: Float[Array, " batch"] | None = None,
+    axis_name: str | None = None,
+) -> tuple[Scalar, Metrics]:
+    """Computes the squared error (r - s)² of rewards that shall equal ratings.
+
+    Args:
+        rewards: Reward that the model gives to each text.
+        scores: Rating of each text, a constant, in units of reward.
+        weights: Weight of each text, made from the whole batch; the mean if not given.
+        axis_name: Mapped axis to count over when the weights are made here.
+
+    Returns:
+        The loss, and metrics `mse`, `mae` (mean absolute error), `mean_reward`, `min_reward` and `max_reward` over the
+        texts that count.
+    """
+    if weights is None:
+        weights = row_weights(rewards, axis_name=axis_name)
+    counts = weights != 0
+    error = jnp.where(counts, rewards - jax.lax.stop_gradient(scores), 0)
+    loss = weighted_sum(error**2, weights)
+    metrics = {
+        "mse": loss,
+        "mae": weighted_sum(jnp.abs(error), weights),
+        "mean_reward": weighted_sum(rewards, weights),
+        "min_reward": jnp.min(rewards, where=counts, initial=jnp.inf),
+        "max_reward": jnp.max(rewards, where=counts, initial=-jnp.inf),
+    }
+    return loss, jax.lax.stop_gradient(metrics)

@@ -8,21 +8,33 @@ import numpy as np
 
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import (
+    bco_loss,
+    cpo_loss,
     cross_entropy_loss,
+    distillation_loss,
     dpo_loss,
+    dpo_weights,
     grpo_loss,
+    kto_loss,
+    orpo_loss,
     policy_gradient_loss,
     ppo_loss,
     reward_model_loss,
+    reward_regression_loss,
+    unpaired_weights,
     value_loss,
 )
 from jaxrl_llm.losses.group_relative import grpo_weights
 from jaxrl_llm.reductions import loss_weights, token_weights
 
 Batch = dict[str, Any]
-ROWS, TIME = 8, 6
-PER_ROW = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "chosen", "rejected", "margin")
-"""Fields `[rows]` that count where `row_mask` does. (`advantages` is `[rows]` too; the others are `[rows, time]`.)"""
+ROWS, TIME, VOCAB = 8, 6, 5
+PER_PAIR = ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected", "chosen", "rejected", "margin")
+AVERAGED = ("mean_chosen", "mean_rejected")
+LENGTHS = ("chosen_lengths", "rejected_lengths")
+PER_ROW = (*PER_PAIR, *AVERAGED, "pair_weights")
+"""Floating fields `[rows]` that count where `row_mask` does. (`advantages`, `labels`, and lengths are `[rows]` too,
+`*_logits` have a vocabulary; the others are `[rows, time]`.)"""
 
 
 class LossCase(NamedTuple):
@@ -43,9 +55,18 @@ def _cross_entropy(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
     return cross_entropy_loss(batch["log_probs"], batch["mask"], weights=weights, axis_name=axis_name)
 
 
+def _dft(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return cross_entropy_loss(batch["log_probs"], batch["mask"], loss_type="dft", weights=weights, axis_name=axis_name)
+
+
 def _regularized_cross_entropy(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
     statistics = TokenStatistics(
-        batch["log_probs"], batch["entropy"], batch["logsumexp"], batch["mean_log_probs"], batch["log_probs"] > -1
+        log_probs=batch["log_probs"],
+        entropy=batch["entropy"],
+        logsumexp=batch["logsumexp"],
+        mean_log_probs=batch["mean_log_probs"],
+        is_argmax=batch["log_probs"] > -1,
+        log_sum_sq_probs=batch["mean_log_probs"],
     )
     return cross_entropy_loss(
         batch["log_probs"],
@@ -117,9 +138,80 @@ def _grpo(loss_type: str, level: str = "token") -> LossCase:
     return LossCase(loss, weights, ("log_probs", "entropy"))
 
 
+def _pairs(batch: Batch) -> list:
+    return [batch[name] for name in PER_PAIR[:4]]
+
+
 def _dpo(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
-    fields = [batch[name] for name in ("policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected")]
-    return dpo_loss(*fields, beta=0.3, label_smoothing=0.1, weights=weights, axis_name=axis_name)
+    return dpo_loss(*_pairs(batch), beta=0.3, label_smoothing=0.1, weights=weights, axis_name=axis_name)
+
+
+DPO_TYPES = {
+    **{"sigmoid": 0.5, "hinge": 0.6, "ipo": 0.03, "exo_pair": 0.7, "nca_pair": 0.8, "robust": 0.9, "bco_pair": 1.0},
+    **{"sppo_hard": 0.02, "apo_zero": 1.1, "apo_down": 1.2, "discopop": 0.4, "sft": 1.3, "sigmoid_norm": 1.4},
+}
+"""All types whose batch may be split, each with a weight of its own and about as strong as the others."""
+
+
+def _several_dpo(loss_types: dict[str, float], fields: tuple[str, ...] = (), **options: Any) -> LossCase:
+    def loss(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+        return dpo_loss(
+            *_pairs(batch),
+            beta=0.3,
+            loss_type=tuple(loss_types),
+            loss_weights=tuple(loss_types.values()),
+            label_smoothing=0.1,
+            discopop_tau=0.5,
+            **{name: batch[name] for name in (*LENGTHS, *fields)},
+            **options,
+            weights=weights,
+            axis_name=axis_name,
+        )
+
+    return LossCase(loss, _dpo_weights, PER_PAIR[:2])
+
+
+def _dpo_weights(batch: Batch, axis_name: str | None) -> Any:
+    return dpo_weights(batch["chosen_lengths"], mask=batch["row_mask"], axis_name=axis_name)
+
+
+def _unpaired(function: Callable, **options: Any) -> LossCase:
+    def loss(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+        fields = batch["policy_chosen"], batch["ref_chosen"], batch["labels"]
+        return function(*fields, beta=0.3, **options, weights=weights, axis_name=axis_name)
+
+    def weights(batch: Batch, axis_name: str | None) -> Any:
+        return unpaired_weights(batch["labels"], mask=batch["row_mask"], axis_name=axis_name)
+
+    return LossCase(loss, weights, ("policy_chosen",))
+
+
+class WithLikelihood(NamedTuple):
+    """Weights of a loss of pairs that has a likelihood term."""
+
+    rows: jax.Array
+    tokens: jax.Array
+
+
+def _reference_free(function: Callable, **options: Any) -> LossCase:
+    """A loss of averaged log-probabilities, with the likelihood of the tokens: a share, as the loss itself."""
+
+    def loss(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+        rows, tokens = (None, None) if weights is None else weights
+        nll, _ = cross_entropy_loss(batch["log_probs"], batch["mask"], weights=tokens, axis_name=axis_name)
+        pairs = [batch[name] for name in AVERAGED]
+        return function(*pairs, nll=nll, beta=0.3, **options, weights=rows, axis_name=axis_name)
+
+    def weights(batch: Batch, axis_name: str | None) -> Any:
+        return WithLikelihood(_row_mean(batch, axis_name), _token_mean(batch, axis_name))
+
+    return LossCase(loss, weights, (*AVERAGED, "log_probs"))
+
+
+def _distillation(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    logits = batch["student_logits"], batch["teacher_logits"]
+    options = {"beta": 0.3, "temperature": 1.5}
+    return distillation_loss(*logits, batch["mask"], **options, weights=weights, axis_name=axis_name)
 
 
 def _reward_model(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
@@ -131,6 +223,10 @@ def _reward_model(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
         weights=weights,
         axis_name=axis_name,
     )
+
+
+def _reward_regression(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    return reward_regression_loss(batch["chosen"], batch["rejected"], weights=weights, axis_name=axis_name)
 
 
 def _token_mean(batch: Batch, axis_name: str | None) -> Any:
@@ -158,7 +254,17 @@ CASES = {
     "dr_grpo": _grpo("dr_grpo"),
     "dapo": _grpo("dapo"),
     "gspo": _grpo("grpo", "sequence"),
-    "dpo": LossCase(_dpo, _row_mean, ("policy_chosen", "policy_rejected")),
+    "cross_entropy_dft": LossCase(_dft, _token_mean, ("log_probs",)),
+    "distillation": LossCase(_distillation, _token_mean, ("student_logits",)),
+    "dpo": LossCase(_dpo, _row_mean, PER_PAIR[:2]),
+    "dpo_every_type": _several_dpo(DPO_TYPES),
+    "dpo_weighted": _several_dpo({"sigmoid": 1.0, "ipo": 0.2}, ("pair_weights",), f_divergence_type="js_divergence"),
+    "kto": _unpaired(kto_loss, kl=0.7, desirable_weight=1.3, undesirable_weight=0.8),
+    "bco": _unpaired(bco_loss, delta=0.2),
+    "orpo": _reference_free(orpo_loss),
+    "cpo": _reference_free(cpo_loss, label_smoothing=0.1, cpo_alpha=0.7),
+    "simpo": _reference_free(cpo_loss, loss_type="simpo", alpha=0.25, cpo_alpha=0.1),
+    "reward_regression": LossCase(_reward_regression, _row_mean, ("chosen",)),
     "reward_model": LossCase(_reward_model, _row_mean, ("chosen", "rejected")),
 }
 
@@ -191,7 +297,11 @@ def make_batch(seed: int, mask: np.ndarray) -> Batch:
         "mask": mask,
         "row_mask": mask[:, 0],
     }
-    return batch | {name: rng.normal(scale=2, size=shape[:1]) for name in PER_ROW}
+    batch |= {name: rng.normal(scale=2, size=shape[:1]) for name in PER_PAIR}
+    batch |= {name: rng.uniform(-4, -1, shape[:1]) for name in AVERAGED}
+    batch |= {name: rng.integers(1, 9, shape[:1]) for name in LENGTHS}
+    batch |= {name: rng.normal(scale=2, size=(*shape, VOCAB)) for name in ("student_logits", "teacher_logits")}
+    return batch | {"pair_weights": rng.uniform(0.1, 1, shape[:1]), "labels": rng.random(shape[0]) < 0.5}
 
 
 def whole_weights(batch: Batch, axis_name: str | None = None) -> dict[str, Any]:

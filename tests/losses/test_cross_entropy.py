@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm.log_probs import token_log_probs, token_statistics
 from jaxrl_llm.losses import cross_entropy_loss
+from tests.unchecked import unchecked
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
@@ -90,6 +91,20 @@ def test_an_impossible_part_of_the_vocabulary_does_no_harm():
         close(value, shorter)
         close(grad[:, :2], shorter_grad, atol=1e-7)
         np.testing.assert_array_equal(grad[:, 2], 0)
+
+
+def test_dynamic_fine_tuning_weighs_each_token_by_its_probability_a_constant():
+    log_probs, mask = jnp.log(jnp.array([0.5, 0.25, 0.9])), jnp.array([1, 1, 0])
+    options = {"loss_type": "dft"}
+    (loss, metrics), grad = jax.value_and_grad(cross_entropy_loss, has_aux=True)(log_probs, mask, **options)
+    close(loss, -(0.5 * np.log(0.5) + 0.25 * np.log(0.25)) / 2)
+    close(metrics["nll"], -(np.log(0.5) + np.log(0.25)) / 2)
+    close(grad, [-0.25, -0.125, 0])
+
+
+def test_an_unknown_loss_type_is_refused():
+    with unchecked(), pytest.raises(ValueError, match=r"loss_type must be one of .*'dft'.*, got 'unheard'"):
+        cross_entropy_loss(jnp.zeros(2), jnp.ones(2), loss_type="unheard")
 
 
 @pytest.mark.parametrize("option", [{"label_smoothing": 0.1}, {"z_loss": 1e-4}])

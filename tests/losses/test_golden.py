@@ -10,9 +10,9 @@ import pytest
 from jaxrl_llm.advantages import generalized_advantages
 from jaxrl_llm.divergences import kl_estimate
 from jaxrl_llm.log_probs import token_log_probs, token_statistics
-from jaxrl_llm.losses import cross_entropy_loss, dpo_loss, grpo_loss, ppo_loss, reward_model_loss
+from jaxrl_llm.losses import cross_entropy_loss, grpo_loss, ppo_loss, reward_model_loss
 from jaxrl_llm.losses.group_relative import grpo_weights
-from jaxrl_llm.reductions import masked_mean, masked_standardize
+from jaxrl_llm.reductions import masked_standardize
 from tests.golden import fixture
 
 close = functools.partial(np.testing.assert_allclose, rtol=fixture.RTOL)
@@ -105,32 +105,6 @@ def test_the_log_probs_of_the_fixture_equal_trl():
         close(log_probs[0], fixture.GOLDEN["grpo_logps_row0"][name])
 
 
-# DPO
-
-
-def dpo(logits):
-    tokens = fixture.tokens(8, 8)
-    mask = fixture.mask(fixture.DPO_LENGTHS, 6)
-    reference = fixture.log_probs(fixture.logits(8, 8, "reference")[:, 1:-1], tokens[:, 2:])
-    statistics = token_statistics(logits[:, 1:-1], jnp.asarray(tokens[:, 2:]))
-    policy = jnp.sum(statistics.log_probs, where=mask, axis=-1)
-    reference = fixture.rounded(np.sum(reference, where=np.arange(6) < fixture.DPO_LENGTHS[:, None], axis=-1))
-    loss, metrics = dpo_loss(policy[:4], policy[4:], reference[:4], reference[4:], beta=0.1)
-    # TRL logs accuracy over the chosen responses, entropy over all.
-    accuracy = masked_mean(statistics.is_argmax[:4].astype(jnp.float32), mask[:4])
-    return loss, metrics | {"mean_token_accuracy": accuracy, "entropy": masked_mean(statistics.entropy, mask)}
-
-
-def test_dpo_loss_gradient_and_metrics_equal_trl():
-    logits = fixture.rounded(fixture.logits(8, 8, "policy"))
-    (loss, metrics), grad = jax.jit(jax.value_and_grad(dpo, has_aux=True))(logits)
-    expected_loss, expected_norm = fixture.GOLDEN["dpo"]["sigmoid"]
-    close(loss, expected_loss)
-    close(fixture.norm(grad), expected_norm)
-    for name, value in metrics.items():
-        close(value, fixture.GOLDEN["dpo_metrics"][name], err_msg=name)
-
-
 # PPO: from rewards to the loss. The fixture's rewards pay the score one step after the last token.
 
 PPO_LENGTHS = np.array([3, 5, 2])
@@ -195,13 +169,15 @@ def test_ppo_from_rewards_to_loss_equals_trl(row, estimator, whiten, double):
 # Supervised fine-tuning and reward modelling
 
 
-def test_cross_entropy_equals_trl():
+@pytest.mark.parametrize("loss_type", ["nll", "dft"])
+def test_cross_entropy_equals_trl(loss_type):
     expected = fixture.GOLDEN["sft (B2,T5) labels[0,:2]=labels[1,0]=labels[1,4]=-100"]
     learned = jnp.array([[0, 1, 1, 1], [1, 1, 1, 0]])
     logits = fixture.rounded(fixture.logits(2, 5, "policy")[:, :-1])
     log_probs = token_log_probs(logits, jnp.asarray(fixture.tokens(2, 5)[:, 1:]))
-    loss, metrics = cross_entropy_loss(log_probs, learned)
-    close(loss, expected["nll"])
+    loss, metrics = cross_entropy_loss(log_probs, learned, loss_type=loss_type)
+    close(loss, expected[loss_type])
+    close(metrics["nll"], expected["nll"])
     assert metrics["num_tokens"] == expected["n_valid"]
 
 

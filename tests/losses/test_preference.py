@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.losses import dpo_loss
-from tests.unchecked import unchecked
+from jaxrl_llm.losses import dpo_loss, dpo_weights, sequence_log_probs, wpo_weights
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
@@ -85,6 +84,54 @@ def test_hyperparameters_of_dpo_may_be_traced():
     close(jax.vmap(dpo, (None, 0, 0))(fields, betas, smoothings), expected)
 
 
-def test_an_unknown_loss_type_is_refused():
-    with unchecked(), pytest.raises(ValueError, match=r"loss_type must be one of .*'sigmoid'.*, got 'unheard'"):
-        dpo_loss(*BY_HAND, loss_type="unheard")
+# Log-probabilities of responses
+
+LOG_PROBS = jnp.array([[-1.0, -2.0, -3.0, -4.0], [-0.5, -1.5, -2.5, -3.5]])
+RESPONSE = jnp.array([[0, 1, 1, 1], [1, 1, 0, 0]])
+
+
+def test_the_log_prob_of_a_response_is_the_sum_over_its_tokens():
+    close(sequence_log_probs(LOG_PROBS, RESPONSE), [-9, -2])
+
+
+@pytest.mark.parametrize(("ld_alpha", "expected"), [(1.0, [-9, -2]), (0.0, [-5, -2]), (0.25, [-6, -2])])
+def test_length_desensitised_log_probs_by_hand(ld_alpha, expected):
+    shared = {"ld_alpha": ld_alpha, "shared_lengths": jnp.array([2, 2])}
+    close(sequence_log_probs(LOG_PROBS, RESPONSE, **shared), expected)
+    traced = jax.vmap(
+        lambda alpha: sequence_log_probs(LOG_PROBS, RESPONSE, ld_alpha=alpha, shared_lengths=jnp.array([2, 2]))
+    )
+    close(traced(jnp.array([ld_alpha]))[0], expected)
+
+
+def test_garbage_outside_a_response_is_not_read():
+    spoiled = jnp.where(RESPONSE != 0, LOG_PROBS, jnp.nan)
+    options = {"ld_alpha": 0.5, "shared_lengths": jnp.array([2, 2])}
+
+    @jax.value_and_grad
+    def total(log_probs):
+        return sequence_log_probs(log_probs, RESPONSE, **options).sum()
+
+    value, grad = total(spoiled)
+    close(value, -7 - 2)
+    close(grad, [[0, 1, 1, 0.5], [1, 1, 0, 0]])
+
+
+def test_wpo_weights_by_hand():
+    probs = jnp.array([[0.5, 0.5], [0.9, 0.1]])
+    log_probs, log_squares = jnp.log(jnp.array([[0.5, 0.1]])), jnp.log((probs**2).sum(-1))[None]
+    close(wpo_weights(log_probs, log_squares, jnp.ones((1, 2))), [np.sqrt(0.5 / 0.5 * 0.1 / 0.82)])
+    close(wpo_weights(log_probs, log_squares.at[0, 1].set(jnp.nan), jnp.array([[1, 0]])), [1])
+    close(wpo_weights(log_probs, log_squares, jnp.zeros((1, 2))), [1])  # of no tokens
+
+
+def test_wpo_weights_are_constants():
+    grads = jax.grad(lambda *x: wpo_weights(*x, RESPONSE).sum(), argnums=(0, 1))(LOG_PROBS, LOG_PROBS)
+    assert not any(x.any() for x in grads)
+
+
+def test_weights_of_dpo_are_means_over_the_pairs_and_tokens_that_count():
+    weights = dpo_weights(jnp.array([3, 5, 1]), mask=jnp.array([1, 0, 1]))
+    close(weights.rows, [0.5, 0, 0.5])
+    close(weights.chosen_tokens, [0.25, 0, 0.25])
+    assert not any(x.any() for x in dpo_weights(jnp.array([3, 5]), mask=jnp.zeros(2)))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from jaxrl_llm.losses import reward_model_loss
+from jaxrl_llm.losses import reward_model_loss, reward_regression_loss
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 CHOSEN, REJECTED = jnp.array([2.0, -1.0]), jnp.array([1.0, 0.5])
@@ -56,3 +56,19 @@ def test_a_shift_of_all_rewards_changes_nothing_and_a_swap_adds_the_margin(chose
     close(moved, plain, rtol=1e-4, atol=1e-5)
     # log σ(x) - log σ(-x) = x
     close(swapped - plain, margin, rtol=1e-4, atol=1e-5)
+
+
+def test_reward_regression_loss_by_hand():
+    loss, metrics = reward_regression_loss(CHOSEN, REJECTED)
+    close(loss, (1 + 1.5**2) / 2)
+    expected = {"mse": 1.625, "mae": 1.25, "mean_reward": 0.5, "min_reward": -1.0, "max_reward": 2.0}
+    assert {name: float(x) for name, x in metrics.items()} == expected
+
+
+def test_texts_of_weight_zero_count_nowhere():
+    weights, spoiled = jnp.array([1.0, 0.0]), jnp.array([1.0, jnp.nan])
+    loss, metrics = reward_regression_loss(CHOSEN, spoiled, weights=weights)
+    assert loss == metrics["mse"] == metrics["mae"] == 1
+    assert (metrics["mean_reward"], metrics["min_reward"], metrics["max_reward"]) == (2, 2, 2)
+    grad = jax.grad(lambda rewards: reward_regression_loss(rewards, REJECTED, weights=weights)[0])(CHOSEN)
+    assert grad.tolist() == [2, 0]

@@ -24,6 +24,8 @@ DEVICES, FEATURES = 4, 3
 def model(params, batch):
     def predict(field, kernel):
         scores = batch["features"] @ kernel
+        if batch[field].ndim == 3:  # logits: of the first token
+            return batch[field] + scores[..., None] * jnp.eye(1, batch[field].shape[-1])[None]
         return batch[field] + (scores if batch[field].ndim == 2 else scores[:, 0])
 
     return {field: predict(field, kernel) for field, kernel in params.items()}
