@@ -1,9 +1,10 @@
-"""What attention needs in every decoder: positions, masks, the key-value cache, and the product itself.
+"""What attention needs in every decoder: positions, masks, rotation, the key-value cache, and the product itself.
 
 Positions and masks follow from which tokens are real, never from where a token stands in its row: left padding, right
 padding and packing all give a token the numbers that it has alone.
 """
 
+import typing
 from typing import Literal, NamedTuple, TypeAlias
 
 import jax
@@ -13,6 +14,41 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 from jaxrl_llm.types import Key, KVCache
 
 Implementation: TypeAlias = Literal["xla", "cudnn"]
+
+LayerCache: TypeAlias = tuple[Array, Array]
+"""Keys and values of all layers, each [layers, batch, slots, kv_heads, head_dim]: the scan over layers carries them."""
+
+
+def check_implementation(implementation: Implementation | None, dtype: DTypeLike, head_size: int) -> None:
+    """Raises a `ValueError` for a config whose attention does not exist or could not run."""
+    if implementation not in (None, *typing.get_args(Implementation)):
+        raise ValueError(f"attention must be None, 'xla' or 'cudnn', got {implementation!r}.")
+    if implementation == "cudnn" and (jnp.dtype(dtype).itemsize != 2 or head_size % 8):
+        raise ValueError(
+            f"attention='cudnn' needs dtype bfloat16 or float16 and a head width that is a multiple of 8, "
+            f"got dtype={dtype} and a head width of {head_size}. Use attention='xla'."
+        )
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of the angle by which each position turns each pair of features."""
+
+    cos: Float[Array, "batch time 1 pairs"]
+    sin: Float[Array, "batch time 1 pairs"]
+
+
+class LayerInputs(NamedTuple):
+    """What every layer is told, beside the hidden states and the cache.
+
+    Attributes:
+        visible: True where a query may see a key; None where the causal order says it all.
+        start: First slot of the cache to write; None without a cache.
+        rotation: Rotary positions; None where positions are in the embedding.
+    """
+
+    visible: Bool[Array, "batch 1 time slots"] | None
+    start: Int[Array, ""] | None
+    rotation: Rotation | None
 
 
 class Dropout(NamedTuple):
@@ -109,10 +145,35 @@ def write_layer(
     return cache, jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
 
 
+def attend_layer(
+    query: Float[Array, "batch time heads head_dim"],
+    key: Float[Array, "batch time kv_heads head_dim"],
+    value: Float[Array, "batch time kv_heads head_dim"],
+    cache: LayerCache | None,
+    layer: Int[Array, ""],
+    inputs: LayerInputs,
+    *,
+    implementation: Implementation | None = None,
+    dropout: Dropout | None = None,
+) -> tuple[Float[Array, "batch time heads head_dim"], LayerCache | None]:
+    """Attends over the tokens of this pass or, with a cache, over all slots of this layer after writing them.
+
+    Passes with a cache always use XLA. Returns the mixed values and the cache.
+    """
+    if cache is None:
+        options = {"is_causal": True, "implementation": implementation}
+    else:
+        assert inputs.start is not None
+        keys, key = write_layer(cache[0], layer, inputs.start, key)
+        values, value = write_layer(cache[1], layer, inputs.start, value)
+        cache, options = (keys, values), {"is_causal": False, "implementation": "xla"}
+    return attend(query, key, value, inputs.visible, dropout=dropout, **options), cache
+
+
 def attend(
     query: Float[Array, "batch time heads head_dim"],
-    key: Float[Array, "batch slots heads head_dim"],
-    value: Float[Array, "batch slots heads head_dim"],
+    key: Float[Array, "batch slots kv_heads head_dim"],
+    value: Float[Array, "batch slots kv_heads head_dim"],
     mask: Bool[Array, "batch 1 time slots"] | None,
     *,
     is_causal: bool,
@@ -121,11 +182,13 @@ def attend(
 ) -> Float[Array, "batch time heads head_dim"]:
     """Computes softmax(query keyᵀ / √head_dim) value, with the softmax in float32.
 
+    Each key and value serves heads / kv_heads neighbouring heads (grouped-query attention).
+
     A query that may see nothing (padding) gets an even mean of the values: finite, and so is its gradient.
 
     Args:
         query: Queries.
-        key: Keys.
+        key: Keys; heads is a multiple of kv_heads.
         value: Values.
         mask: True where a query may see a key.
         is_causal: Whether a query sees no key after its own place (as many queries as keys).
@@ -136,6 +199,8 @@ def attend(
         return jax.nn.dot_product_attention(
             query, key, value, mask=mask, is_causal=is_causal, implementation=implementation
         )
+    groups = query.shape[2] // key.shape[2]
+    key, value = jnp.repeat(key, groups, axis=2), jnp.repeat(value, groups, axis=2)
     scores = jnp.einsum("bthd,bshd->bhts", query, key, preferred_element_type=jnp.float32)
     visible = jnp.tri(*scores.shape[-2:], dtype=bool)[None, None] if is_causal else True
     visible = visible if mask is None else visible & mask

@@ -1,28 +1,15 @@
 """The shape and run settings of a GPT-2."""
 
 import dataclasses
-import functools
-import typing
-from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike
+from jaxtyping import DTypeLike
 
-from jaxrl_llm.models.attention import Implementation
+from jaxrl_llm.models.activations import ACTIVATIONS
+from jaxrl_llm.models.attention import Implementation, check_implementation
 
 Size: TypeAlias = Literal["124M", "355M", "774M", "1.5B"]
-
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu_new": functools.partial(nn.gelu, approximate=True),
-    "gelu_pytorch_tanh": functools.partial(nn.gelu, approximate=True),
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "relu": nn.relu,
-    "silu": nn.silu,
-    "tanh": jnp.tanh,
-}
-"""Activation functions by their Hugging Face names."""
 
 SIZES: dict[Size, dict[str, Any]] = {
     "124M": {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -96,13 +83,32 @@ class GPT2Config:
         for name in ("embd_pdrop", "attn_pdrop", "resid_pdrop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is a probability in [0, 1), got {getattr(self, name)}.")
-        if self.attention not in (None, *typing.get_args(Implementation)):
-            raise ValueError(f"attention must be None, 'xla' or 'cudnn', got {self.attention!r}.")
-        if self.attention == "cudnn" and (jnp.dtype(self.dtype).itemsize != 2 or self.head_size % 8):
-            raise ValueError(
-                f"attention='cudnn' needs dtype bfloat16 or float16 and a head width that is a multiple of 8, "
-                f"got dtype={self.dtype} and n_embd / n_head = {self.head_size}. Use attention='xla'."
-            )
+        check_implementation(self.attention, self.dtype, self.head_size)
+
+    @property
+    def model_type(self) -> str:
+        """Hugging Face's name of the architecture."""
+        return "gpt2"
+
+    @property
+    def context_length(self) -> int:
+        """Longest sequence, tokens; every decoder's config has it."""
+        return self.n_positions
+
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return self.n_layer
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        return self.n_embd
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads that keys and values have: each head its own."""
+        return self.n_head
 
     @property
     def head_size(self) -> int:
@@ -113,6 +119,10 @@ class GPT2Config:
     def inner_size(self) -> int:
         """Width inside the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    def with_dropout(self, rate: float) -> "GPT2Config":
+        """Sets every dropout that the architecture has."""
+        return dataclasses.replace(self, embd_pdrop=rate, attn_pdrop=rate, resid_pdrop=rate)
 
     @classmethod
     def of_size(cls, size: Size, **settings: Any) -> "GPT2Config":

@@ -1,18 +1,21 @@
-"""Reads and writes Hugging Face GPT-2 folders (config.json, model.safetensors, tokenizer files), without torch."""
+"""Reads and writes Hugging Face folders (config.json, model.safetensors, tokenizer files), without torch."""
 
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.models import gpt2_checkpoint
-from jaxrl_llm.models.gpt2 import GPT2
-from jaxrl_llm.models.gpt2_config import GPT2Config
+from jaxrl_llm.models.architectures import ARCHITECTURES, SCALAR_HEAD, Architecture
+from jaxrl_llm.models.checkpoint import EMBEDDING, params_from_tensors, tensors_from_params
+from jaxrl_llm.models.decoder import Decoder
+from jaxrl_llm.models.gguf import from_gguf
+from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.types import Params
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -21,14 +24,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 def from_pretrained(
     path_or_id: str | os.PathLike[str], *, revision: str | None = None, **settings: Any
-) -> tuple[GPT2, Params, Any]:
-    """Loads a GPT-2 from a Hugging Face folder, or from the hub.
+) -> tuple[Decoder, Params, Any]:
+    """Loads a language model from a Hugging Face folder, a GGUF file, or the hub.
 
     Args:
-        path_or_id: Folder with config.json and model.safetensors (or its shards and their index), or a hub id such as
-            "openai-community/gpt2", which is downloaded once into Hugging Face's cache.
+        path_or_id: Folder with config.json and model.safetensors (or its shards and their index); a file that ends in
+            ".gguf" (see `from_gguf`); or a hub id such as "openai-community/gpt2", which is downloaded once into
+            Hugging Face's cache. GPT-2, Llama, Mistral without a sliding window, Qwen2 and Qwen3 can be loaded.
         revision: Branch, tag or commit on the hub.
-        settings: Fields of `GPT2Config` to set or replace, such as `dtype="bfloat16"`, `remat=True`, `resid_pdrop=0.0`.
+        settings: Fields of the config to set or replace, such as `dtype="bfloat16"`, `remat=True`.
 
     Returns:
         The module, its parameters in float32 (whatever the file holds), and the tokenizer of transformers, or None if
@@ -36,19 +40,78 @@ def from_pretrained(
 
     Raises:
         FileNotFoundError: If the folder, config.json or the weights are missing.
-        ValueError: If the model is no GPT-2 or uses an option that ours does not have; if a tensor is missing,
-            unexpected or of another shape; if the tokenizer has more entries than the model.
+        ValueError: If the model is of another type, uses an option that ours does not have, or is a reward model; if a
+            tensor is missing, unexpected, of another shape or not finite; if the tokenizer has more entries than the
+            model.
     """
+    if str(path_or_id).endswith(".gguf"):
+        module, params, tokenizer = from_gguf(path_or_id, **settings)
+        _check_vocabulary(tokenizer, module.config)
+        return module, params, tokenizer
     folder = _resolve(path_or_id, revision)
-    module = GPT2(dataclasses.replace(_read_config(folder), **settings))
-    params = gpt2_checkpoint.params_from_tensors(_read_tensors(folder), module)
+    found, architecture = _read_config(folder)
+    if _is_reward_model(found):
+        raise ValueError(f"{folder} holds a reward model: load it with from_pretrained_reward_model.")
+    module = architecture.module(dataclasses.replace(architecture.config_from_json(found), **settings))
+    params = params_from_tensors(_read_tensors(folder), module, architecture.layout)
     tokenizer = _read_tokenizer(folder)
     _check_vocabulary(tokenizer, module.config)
     return module, params, tokenizer
 
 
-def save_pretrained(path: str | os.PathLike[str], module: GPT2, params: Params, tokenizer: Any = None) -> None:
-    """Saves a folder that `from_pretrained`, and transformers, can load.
+def from_pretrained_reward_model(
+    path_or_id: str | os.PathLike[str], *, revision: str | None = None, **settings: Any
+) -> tuple[ScalarHead, Params, Any]:
+    """Loads a model with one score per token: transformers' `…ForSequenceClassification` with `num_labels=1`.
+
+    To start one from a language model instead, see `scalar_head_params`.
+
+    Args:
+        path_or_id: As in `from_pretrained`, without GGUF.
+        revision: As in `from_pretrained`.
+        settings: As in `from_pretrained`.
+
+    Returns:
+        The module, its parameters in float32, and the tokenizer or None.
+
+    Raises:
+        FileNotFoundError: As `from_pretrained`.
+        ValueError: As `from_pretrained`; and if the folder holds a language model, or a classifier of several labels.
+    """
+    folder = _resolve(path_or_id, revision)
+    found, architecture = _read_config(folder)
+    if not _is_reward_model(found):
+        raise ValueError(
+            f"{folder} holds no reward model (architectures={found.get('architectures')}). Load a language model with "
+            "from_pretrained, and give it a scalar head with ScalarHead and scalar_head_params."
+        )
+    config = dataclasses.replace(architecture.config_from_json(found), **settings)
+    module = ScalarHead(architecture.module(config))
+    params = params_from_tensors(_read_tensors(folder), module, architecture.layout.of_scalar_head())
+    tokenizer = _read_tokenizer(folder)
+    _check_vocabulary(tokenizer, config)
+    return module, params, tokenizer
+
+
+def is_reward_model(path_or_id: str | os.PathLike[str], *, revision: str | None = None) -> bool:
+    """Tells whether a saved model is for `from_pretrained_reward_model` rather than for `from_pretrained`.
+
+    Args:
+        path_or_id: As in `from_pretrained`.
+        revision: As in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder or no config.json in it.
+        ValueError: If the model is of another type.
+    """
+    is_gguf = str(path_or_id).endswith(".gguf")
+    return not is_gguf and _is_reward_model(_read_config(_resolve(path_or_id, revision))[0])
+
+
+def save_pretrained(
+    path: str | os.PathLike[str], module: Decoder | ScalarHead, params: Params, tokenizer: Any = None
+) -> None:
+    """Saves a folder that `from_pretrained` (or, of a `ScalarHead`, `from_pretrained_reward_model`) and transformers load.
 
     Everything is written elsewhere first. A new folder then appears in one rename; in a folder that exists, each file
     is replaced in one rename (the weights last), and all other files stay as they are.
@@ -65,9 +128,8 @@ def save_pretrained(path: str | os.PathLike[str], module: GPT2, params: Params, 
     from safetensors.numpy import save_file
 
     path = Path(path)
-    _check_vocabulary(tokenizer, module.config)
-    tensors = gpt2_checkpoint.tensors_from_params(params, module)
-    config = gpt2_checkpoint.config_to_json(module.config) | {"dtype": tensors["transformer.wte.weight"].dtype.name}
+    config, tensors = _to_checkpoint(module, params)
+    _check_vocabulary(tokenizer, _decoder(module).config)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path if path.is_dir() else path.parent  # a rename works within one file system only
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=beside) as temporary:
@@ -79,6 +141,27 @@ def save_pretrained(path: str | os.PathLike[str], module: GPT2, params: Params, 
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes files that only their owner can read
         _publish(folder, path)
+
+
+def _decoder(module: Decoder | ScalarHead) -> Decoder:
+    return module.backbone if isinstance(module, ScalarHead) else module
+
+
+def _to_checkpoint(module: Decoder | ScalarHead, params: Params) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Makes the contents of config.json and the tensors."""
+    decoder, is_scalar = _decoder(module), isinstance(module, ScalarHead)
+    architecture = ARCHITECTURES[decoder.config.model_type]
+    layout = architecture.layout.of_scalar_head() if is_scalar else architecture.layout
+    tensors = tensors_from_params(params, module, layout)
+    embedding = next(name for name, leaf in layout.names.items() if leaf.endswith(EMBEDDING))
+    config = {
+        "architectures": [architecture.name + (SCALAR_HEAD if is_scalar else architecture.language_model)],
+        "dtype": tensors[layout.prefix + embedding].dtype.name,
+        **architecture.config_to_json(decoder.config),
+    }
+    if is_scalar:  # so transformers writes num_labels=1
+        config |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config, tensors
 
 
 def _publish(folder: Path, path: Path) -> None:
@@ -109,11 +192,22 @@ def _resolve(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> GPT2Config:
+def _read_config(folder: Path) -> tuple[dict[str, Any], Architecture]:
+    """Reads config.json, and finds the architecture that it names."""
     file = folder / CONFIG
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing: is {folder} the folder of a model?")
-    return gpt2_checkpoint.config_from_json(json.loads(file.read_text()))
+    found = json.loads(file.read_text())
+    architecture = ARCHITECTURES.get(found.get("model_type"))
+    if architecture is None:
+        raise ValueError(
+            f"{file} has model_type={found.get('model_type')!r}; only {', '.join(ARCHITECTURES)} can be loaded."
+        )
+    return found, architecture
+
+
+def _is_reward_model(found: Mapping[str, Any]) -> bool:
+    return any(name.endswith(SCALAR_HEAD) for name in found.get("architectures") or ())
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -159,7 +253,7 @@ def _read_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def _check_vocabulary(tokenizer: Any, config: GPT2Config) -> None:
+def _check_vocabulary(tokenizer: Any, config: Any) -> None:
     if tokenizer is not None and len(tokenizer) > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} entries and the model only vocab_size={config.vocab_size}: "

@@ -31,6 +31,7 @@ def score_tokens(
     temperature: Numeric = 1.0,
     chunk_size: int = 128,
     dropout_key: Key | None = None,
+    neftune_noise_alpha: Numeric = 0.0,
 ) -> TokenStatistics:
     """Computes statistics of each token given those before it.
 
@@ -43,7 +44,8 @@ def score_tokens(
         segment_ids: Segments of packed rows, 0 for padding.
         temperature: Positive divisor of the logits.
         chunk_size: Positions along time whose logits exist at once.
-        dropout_key: Turns dropout on.
+        dropout_key: Turns dropout on, and the noise.
+        neftune_noise_alpha: Scale of the noise on the embeddings.
 
     Returns:
         Statistics of `tokens[:, 1:]`, so one shorter than the tokens.
@@ -51,6 +53,7 @@ def score_tokens(
     options: dict[str, Any] = {} if segment_ids is None else {"segment_ids": segment_ids[:, :-1]}
     if dropout_key is not None:
         options |= {"deterministic": False, "rngs": {"dropout": dropout_key}}
+        options |= {"neftune_noise_alpha": neftune_noise_alpha}
     mask = jnp.asarray(mask)
     with jax.named_scope("score"):
         hidden, _ = apply({"params": params}, tokens[:, :-1], mask=mask[:, :-1], output="hidden", **options)

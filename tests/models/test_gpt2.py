@@ -396,8 +396,8 @@ def test_fresh_weights_have_the_spread_of_the_paper():
 @pytest.mark.parametrize(
     ("tokens", "arguments", "message"),
     [
-        (17, {}, "17 long, and the model has n_positions=16"),
-        (3, {"cache": 17}, "17 long, and the model has n_positions=16"),
+        (17, {}, "17 long, and the model has context_length=16"),
+        (3, {"cache": 17}, "17 long, and the model has context_length=16"),
         (3, {"cache": 2}, "cache has 2 slots, fewer than the 3 tokens"),
         (3, {"cache": 4, "segment_ids": jnp.ones((1, 3), int)}, "segment_ids cannot be used with a cache"),
     ],
@@ -439,7 +439,7 @@ def test_longer_rows_are_accepted_with_positions():
         ({"activation_function": "swish2"}, "activation_function must be one of gelu_new, .* got 'swish2'"),
         ({"attn_pdrop": 1.0}, r"attn_pdrop is a probability in \[0, 1\), got 1.0"),
         ({"attention": "cudnn"}, "attention='cudnn' needs dtype bfloat16 or float16 .* got dtype=float32"),
-        ({"attention": "cudnn", "dtype": "bfloat16"}, "multiple of 8, got .* = 4"),
+        ({"attention": "cudnn", "dtype": "bfloat16"}, "multiple of 8, got .* width of 4"),
     ],
 )
 def test_a_config_that_makes_no_sense_is_refused(settings, message):

@@ -79,7 +79,10 @@ def test_a_saved_model_and_the_real_tokenizer_come_back_bit_for_bit(tmp_path, bp
     assert [path.name for path in tmp_path.rglob(".*")] == [], "the temporary folder must be gone"
 
 
-@pytest.mark.parametrize("name", ["gpt2_tied", "gpt2_untied", "gpt2_shallow"])
+GPT2S, LLAMAS = ["gpt2_tied", "gpt2_untied", "gpt2_shallow"], ["llama2", "llama3", "smollm2", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize("name", GPT2S + LLAMAS)
 def test_what_transformers_wrote_is_written_back_bit_for_bit(tmp_path, name):
     module, params, tokenizer = from_pretrained(GOLDEN / name)
     assert tokenizer is None
@@ -176,7 +179,9 @@ def test_a_truncated_file_is_named(golden):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama'; only 'gpt2'"),
+        ({"model_type": "mamba"}, "model_type='mamba'; only gpt2, llama, mistral, qwen2, qwen3 can be loaded"),
+        ({"model_type": "llama"}, "the weights do not fit the model: .* missing .*'embed_tokens.weight'"),
+        ({"architectures": ["GPT2ForSequenceClassification"]}, "a reward model: load it with from_pretrained_reward"),
         ({"scale_attn_by_inverse_layer_idx": True}, "sets scale_attn_by_inverse_layer_idx=True; only .*=False is"),
         ({"scale_attn_weights": False}, "sets scale_attn_weights=False; only scale_attn_weights=True is"),
         ({"activation_function": "mish"}, "activation_function must be one of"),
@@ -190,6 +195,13 @@ def test_a_truncated_file_is_named(golden):
 def test_a_checkpoint_that_does_not_fit_its_config_is_refused(golden, changes, message):
     edit_config(golden, **changes)
     with pytest.raises(ValueError, match=message):
+        from_pretrained(golden)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused_by_name(golden, value):
+    edit_tensors(golden, lambda tensors: tensors["transformer.h.1.ln_2.bias"].__setitem__(3, value))
+    with pytest.raises(ValueError, match=r"h.1.ln_2.bias has NaN or infinite weights: the run .* diverged"):
         from_pretrained(golden)
 
 

@@ -323,7 +323,7 @@ def test_ended_rows_are_masked_from_the_model():
 
 def test_a_prompt_of_one_token_can_fill_all_positions_of_the_model():
     module, params, _ = golden()
-    length = module.config.n_positions
+    length = module.config.context_length
     ids, mask = jnp.array([[5], [60]]), jnp.ones((2, 1), bool)
     completions = sample_golden(0, ids, mask, max_new_tokens=length, eos_id=None)
     tokens = jnp.concatenate([ids, completions.ids], axis=1)
@@ -419,5 +419,5 @@ def test_what_makes_no_sense_is_refused_by_name(settings, message):
 
 def test_a_completion_that_outgrows_the_model_is_refused():
     module, params, data = golden()
-    with pytest.raises(ValueError, match="33 long, and the model has n_positions=32"):
+    with pytest.raises(ValueError, match="33 long, and the model has context_length=32"):
         generate(module.apply, params, jax.random.key(0), data["tokens"], data["mask"], max_new_tokens=24)
