@@ -1,17 +1,16 @@
-"""From rows of ids to arrays of fixed shape, and which rows make up which batch.
+"""From rows of ids to arrays of fixed shape.
 
-Lengths are rounded up to a multiple, so that a run sees few shapes and compiles few programs. Masks say what is real;
-what stands under the padding does not matter, so EOS may serve as the padding id.
+Lengths are rounded up to a multiple (or see `bucket_length`), so that a run sees few shapes and compiles few programs.
+Masks say what is real; what stands under the padding does not matter, so EOS may serve as the padding id.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int, Int32
+from jaxtyping import Bool, Float32, Int32, Shaped
 
-from jaxrl_llm.data.tokenization import PreferenceTokens, Tokens
+from jaxrl_llm.data.tokens import PreferenceTokens, RatedTokens, Tokens, UnpairedTokens
 
 
 class TokenBatch(NamedTuple):
@@ -33,6 +32,21 @@ class PreferenceBatch(NamedTuple):
 
     chosen: TokenBatch
     rejected: TokenBatch
+
+
+class UnpairedBatch(NamedTuple):
+    """Single answers, with the prompt in one row; `loss_mask` is true on the answer."""
+
+    completions: TokenBatch
+    labels: Bool[np.ndarray, " batch"]
+    """True where the answer is wanted."""
+
+
+class RatedBatch(NamedTuple):
+    """Rated texts, or answers with the prompt in one row; `loss_mask` is true on the answer."""
+
+    texts: TokenBatch
+    scores: Float32[np.ndarray, " batch"]
 
 
 class PromptBatch(NamedTuple):
@@ -59,9 +73,9 @@ def collate_sft(rows: Sequence[Tokens], *, pad_id: int, length: int | None = Non
         >>> collate_sft([row], pad_id=0, multiple_of=4).tokens
         array([[6, 2, 7, 0]], dtype=int32)
     """
-    length = _length([len(row.ids) for row in rows], length, multiple_of)
-    tokens, mask = _pad([row.ids for row in rows], length, pad_id)
-    return TokenBatch(tokens, mask, _pad([row.loss_mask for row in rows], length, False)[0])
+    length = padded_length([len(row.ids) for row in rows], length, multiple_of)
+    tokens, mask = pad_rows([row.ids for row in rows], length, pad_id)
+    return TokenBatch(tokens, mask, pad_rows([row.loss_mask for row in rows], length, False)[0])
 
 
 def collate_preference(
@@ -76,8 +90,60 @@ def collate_preference(
         [_joined(row.prompt_ids, answer) for row, answer in zip(rows, answers, strict=True)]
         for answers in ([row.chosen_ids for row in rows], [row.rejected_ids for row in rows])
     ]
-    length = _length([len(row.ids) for half in halves for row in half], length, multiple_of)
+    length = padded_length([len(row.ids) for half in halves for row in half], length, multiple_of)
     return PreferenceBatch(*(collate_sft(half, pad_id=pad_id, length=length) for half in halves))
+
+
+def collate_unpaired(
+    rows: Sequence[UnpairedTokens], *, pad_id: int, length: int | None = None, multiple_of: int = 64
+) -> UnpairedBatch:
+    """Joins prompts to completions and pads on the right (arguments as in `collate_sft`).
+
+    Raises:
+        ValueError: If a row is longer than `length`.
+    """
+    joined = [_joined(row.prompt_ids, row.completion_ids) for row in rows]
+    batch = collate_sft(joined, pad_id=pad_id, length=length, multiple_of=multiple_of)
+    return UnpairedBatch(batch, np.array([row.label for row in rows], bool))
+
+
+def collate_rated(
+    rows: Sequence[RatedTokens], *, pad_id: int, length: int | None = None, multiple_of: int = 64
+) -> RatedBatch:
+    """Joins prompts to completions and pads on the right (arguments as in `collate_sft`).
+
+    Raises:
+        ValueError: If a row is longer than `length`.
+    """
+    joined = [_joined(row.prompt_ids, row.completion_ids) for row in rows]
+    batch = collate_sft(joined, pad_id=pad_id, length=length, multiple_of=multiple_of)
+    return RatedBatch(batch, np.array([row.score for row in rows], np.float32))
+
+
+def rotate_completions(rows: Sequence[UnpairedTokens], *, max_length: int | None = None) -> list[UnpairedTokens]:
+    """Pairs each prompt with the completion of the row before it: the mismatched rows of KTO's KL term.
+
+    Rotate the whole batch before it is split, and split both alike; labels stay with their prompts.
+
+    Args:
+        rows: Of one batch, at least 2.
+        max_length: Tokens of prompt and completion together after which a completion is cut; None for no limit.
+
+    Raises:
+        ValueError: If there are fewer than 2 rows, as a prompt would keep its own completion.
+
+    References:
+        Ethayarajh et al., 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv 2402.01306, section 4.
+    """
+    if len(rows) < 2:
+        raise ValueError(f"KTO's KL term needs a batch of at least 2 rows to exchange completions, got {len(rows)}.")
+    rotated = []
+    for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+        room = None if max_length is None else max(max_length - len(row.prompt_ids), 0)
+        ids = before.completion_ids[:room]
+        truncated = before.truncated or len(ids) < len(before.completion_ids)
+        rotated.append(row._replace(completion_ids=ids, truncated=truncated))
+    return rotated
 
 
 def collate_prompts(
@@ -93,93 +159,38 @@ def collate_prompts(
         >>> batch.prompt_ids.tolist(), batch.prompt_mask.tolist()
         ([[0, 0, 5, 6]], [[False, False, True, True]])
     """
-    length = _length([len(prompt) for prompt in prompts], length, multiple_of)
-    return PromptBatch(*_pad(prompts, length, pad_id, side="left"))
+    length = padded_length([len(prompt) for prompt in prompts], length, multiple_of)
+    return PromptBatch(*pad_rows(prompts, length, pad_id, side="left"))
 
 
-def batch_indices(num_rows: int, batch_size: int, *, seed: int, step: int) -> Int[np.ndarray, " batch"]:
-    """Says which rows make up the batch of a step: a pure function, so that a resumed run needs no state of the data.
-
-    The rows are shuffled anew for every epoch, and the epochs laid end to end; step s takes the places from
-    s·batch_size on. A batch at the end of an epoch so goes on into the next one: no row is left out or taken twice in
-    an epoch, and all batches have the same size. A batch may be larger than an epoch.
-
-    Args:
-        num_rows: Rows of the dataset, at least 1.
-        batch_size: Rows of a batch, at least 1.
-        seed: At least 0. The order is fixed for one release of numpy.
-        step: At least 0.
-
-    Raises:
-        ValueError: If an argument is out of its range.
+def count_rows_without_targets(loss_mask: Bool[np.ndarray, "batch time"]) -> int:
+    """Counts the rows of a batch that add nothing to the loss: where rows are read lazily, none is dropped before.
 
     Example:
-        >>> first_epoch = np.concatenate([batch_indices(4, 2, seed=0, step=step) for step in (0, 1)])
-        >>> sorted(first_epoch.tolist())
-        [0, 1, 2, 3]
+        >>> count_rows_without_targets(np.array([[False, True], [False, False]]))
+        1
     """
-    for name, value, least in (("num_rows", num_rows, 1), ("batch_size", batch_size, 1), ("step", step, 0)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}.")
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs = range(places[0] // num_rows, places[-1] // num_rows + 1)
-    order = np.concatenate([_permutation(num_rows, seed, epoch) for epoch in epochs])
-    return order[places - epochs[0] * num_rows]
+    return int((~loss_mask.any(axis=1)).sum())
 
 
-def split_indices(
-    num_rows: int, *, held_out: int | float, seed: int
-) -> tuple[Int[np.ndarray, " train"], Int[np.ndarray, " held_out"]]:
-    """Parts the rows into training and held-out rows, as a pure function of the seed.
-
-    Args:
-        num_rows: Rows of the dataset.
-        held_out: Number of held-out rows, or a fraction in (0, 1), rounded to whole rows, at least one.
-        seed: At least 0.
-
-    Returns:
-        The indices of both parts, each in increasing order.
+def padded_length(lengths: Sequence[int], length: int | None, multiple_of: int) -> int:
+    """The length that rows are padded to: the given one, or the longest rounded up.
 
     Raises:
-        ValueError: If nothing would be left to train on.
-
-    Example:
-        >>> train, held_out = split_indices(10, held_out=0.2, seed=0)
-        >>> len(train), len(held_out), sorted([*train, *held_out]) == list(range(10))
-        (8, 2, True)
+        ValueError: If a row is longer than `length`.
     """
-    count = max(round(held_out * num_rows), 1) if isinstance(held_out, float) and 0 < held_out < 1 else held_out
-    if not (isinstance(count, int) and 0 <= count < num_rows):
-        raise ValueError(f"held_out must be a fraction in (0, 1) or a number of rows below {num_rows}, got {held_out}.")
-    order = _generator(seed, 1).permutation(num_rows)
-    return np.sort(order[count:]), np.sort(order[:count])
-
-
-@functools.lru_cache(maxsize=4)
-def _permutation(num_rows: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch; consecutive steps share it."""
-    return _generator(seed, 0, epoch).permutation(num_rows)
-
-
-def _generator(seed: int, *stream: int) -> np.random.Generator:
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}.")
-    # spawn_key, not a longer seed: SeedSequence([5]) and SeedSequence([5, 0]) are the same stream.
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
-
-
-def _length(lengths: Sequence[int], length: int | None, multiple_of: int) -> int:
     longest = max(lengths)
     if length is None:
-        return -(-longest // multiple_of) * multiple_of
+        return max(-(-longest // multiple_of), 1) * multiple_of
     if longest > length:
         raise ValueError(f"length must be at least that of the longest row, got length={length} and {longest} tokens.")
     return length
 
 
-def _pad(
-    rows: Sequence[np.ndarray], length: int, fill: int | bool, side: Literal["left", "right"] = "right"
-) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(
+    rows: Sequence[Shaped[np.ndarray, "_"]], length: int, fill: int | bool, side: Literal["left", "right"] = "right"
+) -> tuple[Shaped[np.ndarray, "batch time"], Bool[np.ndarray, "batch time"]]:
+    """Fills rows up to a length; returns them and a mask that is true on what was there."""
     values = np.full((len(rows), length), fill, rows[0].dtype)
     mask = np.zeros((len(rows), length), bool)
     for index, row in enumerate(rows):

@@ -5,9 +5,14 @@
 | SFT | `instruction`, `output` and optionally `input` |
 | SFT | `messages` or `conversations`: a list of `{"role", "content"}` or ShareGPT `{"from", "value"}` |
 | SFT | `prompt` and `completion`: both strings, or both lists of messages |
-| SFT | `text`: every token is trained |
-| DPO | `prompt` (or `instruction`, `input`), `chosen` and `rejected`: all strings, or all lists of messages |
-| DPO | `chosen` and `rejected` alone: conversations that differ in their last message |
+| SFT, pretraining | `text`: every token is trained |
+| DPO, reward model | `prompt` (or `instruction`, `input`), `chosen` and `rejected`: all strings, or all messages |
+| DPO, reward model | `chosen` and `rejected` alone: conversations that differ in their last message |
+| … either of the two | optionally `margin`, a number: by how much `chosen` is better |
+| KTO, BCO | `prompt` (or `instruction`, `input`), `completion` and `label`, true or false |
+| KTO, BCO | a row of DPO: read as two rows, one wanted and one not |
+| pointwise reward model | `text` and `score` (or `rating`), a number |
+| pointwise reward model | `prompt` (or `instruction`, `input`), `completion` and `score` (or `rating`) |
 | GRPO, PPO | `prompt` (or `instruction`, `input`): a string or messages; all other columns go to the rewards |
 
 Strings are taken verbatim; instructions and messages go through a template (`jaxrl_llm.data.templates`). Where
@@ -15,60 +20,19 @@ Strings are taken verbatim; instructions and messages go through a template (`ja
 `ValueError` that says where it stands, which field is wrong, what came and what was expected.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
+from jaxrl_llm.data import fields as read
+from jaxrl_llm.data.examples import (
+    Instruction,
+    PreferenceExample,
+    PromptExample,
+    RatedExample,
+    SupervisedExample,
+    UnpairedExample,
+)
 from jaxrl_llm.data.rows import Row
-
-ROLES = {"system": "system", "user": "user", "assistant": "assistant", "human": "user", "gpt": "assistant"}
-"""Accepted names of roles (the last two are ShareGPT's), and what each is read as."""
-
-
-class Message(NamedTuple):
-    """One turn of a conversation."""
-
-    role: str
-    """"system", "user" or "assistant"."""
-    content: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """The prompt of an instruction row (no tuple, so that a tuple is always a conversation)."""
-
-    instruction: str
-    input: str = ""
-
-
-Messages: TypeAlias = tuple[Message, ...]
-Prompt: TypeAlias = str | Instruction | Messages
-"""What the model is given: verbatim text, an instruction, or a conversation (may be empty before a `messages` row)."""
-Completion: TypeAlias = str | Messages
-"""What the model shall say: text after a text or an instruction, messages after messages."""
-
-
-class SupervisedExample(NamedTuple):
-    """A row of SFT. The loss falls on the completion; of messages, on those of the assistant."""
-
-    prompt: Prompt
-    completion: Completion
-
-
-class PreferenceExample(NamedTuple):
-    """A row of DPO. After messages, `chosen` and `rejected` are one message of the assistant each."""
-
-    prompt: Prompt
-    chosen: Completion
-    rejected: Completion
-
-
-class PromptExample(NamedTuple):
-    """A row of GRPO or PPO."""
-
-    prompt: Prompt
-    columns: dict[str, Any]
-    """All other columns of the row: they go to the reward functions."""
 
 
 def supervised_example(row: Row) -> SupervisedExample:
@@ -82,17 +46,17 @@ def supervised_example(row: Row) -> SupervisedExample:
         >>> supervised_example(Row("a.jsonl, line 1", {"prompt": "3+4+5=", "completion": "12"}))
         SupervisedExample(prompt='3+4+5=', completion='12')
     """
-    fields = _present(row)
+    fields = read.present(row)
     if "instruction" in fields:
-        return SupervisedExample(_instruction(row), _text(row, "output"))
+        return SupervisedExample(read.instruction(row), read.text(row, "output"))
     for field in ("messages", "conversations"):
         if field in fields:
-            return SupervisedExample((), _conversation(row, field))
+            return SupervisedExample((), read.conversation(row, field))
     if "prompt" in fields:
-        prompt = _string_or_messages(row, "prompt")
-        return SupervisedExample(prompt, _completion(row, "completion", prompt))
+        prompt = read.string_or_messages(row, "prompt")
+        return SupervisedExample(prompt, read.completion(row, "completion", prompt))
     if "text" in fields:
-        return SupervisedExample("", _text(row, "text"))
+        return SupervisedExample("", read.text(row, "text"))
     raise ValueError(
         f"{row.where}: no SFT format has the columns {sorted(fields)}. Accepted are: "
         "`instruction` + `output` (+ `input`); `messages` or `conversations`; `prompt` + `completion`; `text`."
@@ -103,9 +67,10 @@ def preference_example(row: Row) -> PreferenceExample:
     """Reads a row of DPO, with an explicit prompt, or with the common beginning of two conversations as the prompt.
 
     Raises:
-        ValueError: If a field is missing, of a wrong type, blank, or has an unknown role; if both answers are the same.
+        ValueError: If a field is missing, of a wrong type, blank, or has an unknown role; if both answers are the same;
+            if the margin is no finite number.
     """
-    fields = _present(row)
+    fields = read.present(row)
     for field in ("chosen", "rejected"):
         if field not in fields:
             raise ValueError(
@@ -114,14 +79,63 @@ def preference_example(row: Row) -> PreferenceExample:
             )
     if row.fields["chosen"] == row.fields["rejected"]:
         raise ValueError(f"{row.where}: `chosen` and `rejected` are the same, so the row says nothing. Drop it.")
+    margin = read.number(row, "margin") if "margin" in fields else None
     if "prompt" not in fields and "instruction" not in fields:
-        return _split_conversations(row)
-    prompt = _prompt(row)
-    chosen, rejected = (_completion(row, field, prompt) for field in ("chosen", "rejected"))
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(answer, tuple) and len(answer) != 1:
-            raise _bad_field(row, field, f"{len(answer)} messages", "one message of the assistant")
-    return PreferenceExample(prompt, chosen, rejected)
+        return _split_conversations(row)._replace(margin=margin)
+    prompt = read.prompt(row)
+    chosen, rejected = (read.answer(row, field, prompt) for field in ("chosen", "rejected"))
+    return PreferenceExample(prompt, chosen, rejected, margin)
+
+
+def unpaired_examples(row: Row) -> list[UnpairedExample]:
+    """Reads a row of KTO or BCO: one example, or from a row of DPO both of its answers, the chosen one first.
+
+    Raises:
+        ValueError: As `preference_example`; if `label` is neither true nor false.
+
+    Example:
+        >>> from jaxrl_llm.data.rows import Row
+        >>> unpaired_examples(Row("a.jsonl, line 1", {"prompt": "3+4=", "chosen": "7", "rejected": "8"}))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        [UnpairedExample(prompt='3+4=', completion='7', label=True),
+         UnpairedExample(prompt='3+4=', completion='8', label=False)]
+    """
+    fields = read.present(row)
+    if {"chosen", "rejected"} & fields and "label" not in fields:
+        pair = preference_example(row)
+        return [UnpairedExample(pair.prompt, pair.chosen, True), UnpairedExample(pair.prompt, pair.rejected, False)]
+    if not {"completion", "label"} <= fields:
+        raise ValueError(
+            f"{row.where}: no KTO format has the columns {sorted(fields)}. Accepted are: `prompt` + `completion` + "
+            "`label`; `prompt` + `chosen` + `rejected`."
+        )
+    prompt = read.prompt(row)
+    return [UnpairedExample(prompt, read.answer(row, "completion", prompt), read.truth(row, "label"))]
+
+
+def rated_example(row: Row) -> RatedExample:
+    """Reads a row of a pointwise reward model: a `text`, or a `prompt` and a `completion`, with a `score` or `rating`.
+
+    Raises:
+        ValueError: If a field is missing, of a wrong type or blank; if the score is no finite number.
+
+    Example:
+        >>> from jaxrl_llm.data.rows import Row
+        >>> rated_example(Row("a.jsonl, line 1", {"text": "A masterpiece.", "rating": 3.2}))
+        RatedExample(prompt='', completion='A masterpiece.', score=3.2)
+    """
+    fields = read.present(row)
+    field = "rating" if "rating" in fields and "score" not in fields else "score"
+    if field not in fields or not {"text", "completion"} & fields:
+        raise ValueError(
+            f"{row.where}: no format of ratings has the columns {sorted(fields)}. Accepted are, with a `score` or "
+            "`rating`: `text`; `prompt` + `completion`."
+        )
+    score = read.number(row, field)
+    if "completion" not in fields:
+        return RatedExample("", read.text(row, "text"), score)
+    prompt = read.prompt(row)
+    return RatedExample(prompt, read.answer(row, "completion", prompt), score)
 
 
 def prompt_example(row: Row) -> PromptExample:
@@ -130,7 +144,7 @@ def prompt_example(row: Row) -> PromptExample:
     Raises:
         ValueError: If the prompt is missing, of a wrong type, blank, has an unknown role or ends with the assistant.
     """
-    prompt = _prompt(row)
+    prompt = read.prompt(row)
     used = ("instruction", "input") if isinstance(prompt, Instruction) else ("prompt",)
     return PromptExample(prompt, {name: value for name, value in row.fields.items() if name not in used})
 
@@ -146,105 +160,15 @@ def reward_columns(examples: Sequence[PromptExample]) -> dict[str, list[Any]]:
     return {name: [example.columns.get(name) for example in examples] for name in names}
 
 
-def _present(row: Row) -> set[str]:
-    """Columns with a value: parquet and `datasets` fill what a row lacks with null."""
-    return {name for name, value in row.fields.items() if value is not None}
-
-
-def _bad_field(row: Row, field: str, came: str, expected: str) -> ValueError:
-    return ValueError(f"{row.where}: field `{field}` is {came}; expected {expected}.")
-
-
-def _describe(value: Any) -> str:
-    return "missing or null" if value is None else f"{type(value).__name__} {str(value)[:60]!r}"
-
-
-def _text(row: Row, field: str) -> str:
-    value = row.fields.get(field)
-    if not isinstance(value, str):
-        raise _bad_field(row, field, _describe(value), "a string")
-    if not value.strip():
-        raise _bad_field(row, field, "empty", "a string with text")
-    return value
-
-
-def _instruction(row: Row) -> Instruction:
-    value = row.fields.get("input") or ""
-    if not isinstance(value, str):
-        raise _bad_field(row, "input", _describe(value), "a string")
-    return Instruction(_text(row, "instruction"), value)
-
-
-def _prompt(row: Row) -> Prompt:
-    fields = _present(row)
-    if "prompt" in fields:
-        return _string_or_messages(row, "prompt")
-    if "instruction" in fields:
-        return _instruction(row)
-    raise _bad_field(row, "prompt", f"missing (columns: {sorted(fields)})", "a string or messages; or `instruction`")
-
-
-def _string_or_messages(row: Row, field: str) -> str | Messages:
-    if not isinstance(row.fields[field], list):
-        return _text(row, field)
-    messages = _messages(row, field)
-    if "assistant" in (messages[0].role, messages[-1].role):
-        came = f"a conversation of {[message.role for message in messages]}"
-        raise _bad_field(row, field, came, "one that neither begins nor ends with the assistant")
-    return messages
-
-
-def _completion(row: Row, field: str, prompt: Prompt) -> Completion:
-    if not isinstance(prompt, tuple):
-        return _text(row, field)
-    if not isinstance(row.fields.get(field), list):
-        raise _bad_field(row, field, _describe(row.fields.get(field)), "messages, as the prompt has messages")
-    messages = _messages(row, field)
-    if messages[0].role != "assistant":
-        raise _bad_field(row, field, f"messages that begin with the {messages[0].role}", "the assistant's answer")
-    return messages
-
-
-def _conversation(row: Row, field: str) -> Messages:
-    messages = _messages(row, field)
-    roles = [message.role for message in messages]
-    if "assistant" not in roles[1:] or roles[0] == "assistant":
-        raise _bad_field(row, field, f"a conversation of {roles}", "one in which the assistant answers")
-    return messages
-
-
 def _split_conversations(row: Row) -> PreferenceExample:
     for field in ("chosen", "rejected"):
         if isinstance(row.fields[field], str):
-            raise _bad_field(row, "prompt", "missing", "a string, as `chosen` and `rejected` are strings")
-    chosen, rejected = _conversation(row, "chosen"), _conversation(row, "rejected")
+            expected = "a string, as `chosen` and `rejected` are strings (where texts have no prompt: the BOS token)"
+            raise read.bad_field(row, "prompt", "missing", expected)
+    chosen, rejected = read.conversation(row, "chosen"), read.conversation(row, "rejected")
     if chosen[:-1] != rejected[:-1] or {chosen[-1].role, rejected[-1].role} != {"assistant"}:
         raise ValueError(
             f"{row.where}: without `prompt`, the conversations `chosen` and `rejected` must be the same up to the last "
             "message, which is the assistant's. Give the common part as `prompt`."
         )
     return PreferenceExample(chosen[:-1], chosen[-1:], rejected[-1:])
-
-
-def _messages(row: Row, field: str) -> Messages:
-    value = row.fields[field]
-    if not isinstance(value, list) or not value:
-        raise _bad_field(row, field, _describe(value), "a list of messages, at least one")
-    return tuple(_message(row, f"{field}[{index}]", item) for index, item in enumerate(value))
-
-
-def _message(row: Row, field: str, item: Any) -> Message:
-    if isinstance(item, dict) and "role" in item and "content" in item:
-        role_key, content_key = "role", "content"
-    elif isinstance(item, dict) and "from" in item and "value" in item:
-        role_key, content_key = "from", "value"
-    else:
-        raise _bad_field(row, field, _describe(item), 'an object with "role" and "content", or "from" and "value"')
-    role, content = item[role_key], item[content_key]
-    if not isinstance(role, str) or role not in ROLES:
-        raise _bad_field(row, f"{field}.{role_key}", _describe(role), f"one of {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise _bad_field(row, f"{field}.{content_key}", _describe(content), "a string")
-    if ROLES[role] == "assistant" and not content.strip():
-        raise _bad_field(row, f"{field}.{content_key}", "empty", "the assistant's answer")
-    return Message(ROLES[role], content)

@@ -6,14 +6,19 @@ else through the plain one:
     ### Instruction:\n{instruction}\n  [### Input:\n{input}\n]  ### Response:\n{output}{eos}
     ### User:\n{content}\n   ### Assistant:\n{content}{eos}\n   (### System:\n{content}\n)
 
+In a chat template the responses are what stands between `{% generation %}` and `{% endgeneration %}`, with the EOS
+that follows. Without these marks they are what comes after the generation prompt, which needs a template that leaves
+earlier turns as they are.
+
 The segments alternate: context, response, context, response …, cut exactly where generation begins and ends. So the
 segments of a prompt are the first segments of every example that has this prompt, and tokenizing one by one gives the
 same ids in training as in generation (`jaxrl_llm.data.tokenization`).
 """
 
-from typing import NamedTuple
+import re
+from typing import Any, NamedTuple
 
-from jaxrl_llm.data.formats import Completion, Instruction, Message, Messages, Prompt
+from jaxrl_llm.data.examples import Completion, Instruction, Message, Messages, Prompt
 from jaxrl_llm.data.tokenizers import Tokenizer
 
 
@@ -39,8 +44,7 @@ def render_prompt(prompt: Prompt, tokenizer: Tokenizer) -> list[Segment]:
         if tokenizer.chat_template is None:
             return [Segment(_beginning(_instruction_text(prompt), tokenizer), False)]
         prompt = _as_messages(prompt)
-    render = _render_plain_chat if tokenizer.chat_template is None else _render_native_chat
-    return render(prompt, tokenizer, train_from=len(prompt), ask=True)
+    return _render_chat(prompt, tokenizer, train_from=len(prompt), ask=True)
 
 
 def render_example(prompt: Prompt, completion: Completion, tokenizer: Tokenizer) -> list[Segment]:
@@ -53,7 +57,8 @@ def render_example(prompt: Prompt, completion: Completion, tokenizer: Tokenizer)
         tokenizer: Gives `eos_token` and the chat template.
 
     Raises:
-        ValueError: If the chat template rewrites earlier turns, so that what was generated is not in the final text.
+        ValueError: If the chat template rewrites earlier turns, so that what was generated is not in the final text;
+            if its `{% generation %}` marks do not tell which text is the assistant's.
 
     Example:
         >>> from jaxrl_llm.data.tokenizers import load_tokenizer
@@ -65,8 +70,7 @@ def render_example(prompt: Prompt, completion: Completion, tokenizer: Tokenizer)
             return [*render_prompt(prompt, tokenizer), Segment(_ended(completion, tokenizer), True)]
         prompt, completion = _as_messages(prompt), (Message("assistant", completion),)
     context: Messages = prompt if isinstance(prompt, tuple) else ()
-    render = _render_plain_chat if tokenizer.chat_template is None else _render_native_chat
-    return render((*context, *completion), tokenizer, train_from=len(context), ask=False)
+    return _render_chat((*context, *completion), tokenizer, train_from=len(context), ask=False)
 
 
 def _instruction_text(prompt: Instruction) -> str:
@@ -88,6 +92,14 @@ def _beginning(text: str, tokenizer: Tokenizer) -> str:
 
 def _ended(text: str, tokenizer: Tokenizer) -> str:
     return text if text.endswith(tokenizer.eos_token) else text + tokenizer.eos_token
+
+
+def _render_chat(messages: Messages, tokenizer: Tokenizer, *, train_from: int, ask: bool) -> list[Segment]:
+    if tokenizer.chat_template is None:
+        return _render_plain_chat(messages, tokenizer, train_from=train_from, ask=ask)
+    is_marked = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template())
+    render = _render_marked_chat if is_marked else _render_native_chat
+    return render(messages, tokenizer, train_from=train_from, ask=ask)
 
 
 def _render_plain_chat(messages: Messages, tokenizer: Tokenizer, *, train_from: int, ask: bool) -> list[Segment]:
@@ -120,6 +132,45 @@ def _render_native_chat(messages: Messages, tokenizer: Tokenizer, *, train_from:
             segments += [Segment(whole[position : len(before)], False), Segment(response, index >= train_from)]
             position = min(len(before) + len(response), len(after))
     return [*segments, Segment(whole[position:], False)]
+
+
+def _render_marked_chat(messages: Messages, tokenizer: Tokenizer, *, train_from: int, ask: bool) -> list[Segment]:
+    """Takes the responses from the template's own marks, so that it may rewrite earlier turns.
+
+    `apply_chat_template(return_assistant_tokens_mask=True)` marks whole tokens of the whole text; cutting the text at
+    the same places first keeps the ids of prompts.
+    """
+    whole, spans = _render_marks(messages, tokenizer, ask)
+    roles = [message.role for message in messages]
+    skipped = 0 if ask else roles[:train_from].count("assistant")
+    if not ask and (not spans or (skipped and len(spans) != roles.count("assistant"))):
+        raise ValueError(
+            f"The tokenizer's chat template marks {len(spans)} texts by {{% generation %}} in a conversation with "
+            f"{roles.count('assistant')} turns of the assistant; expected one for each. Correct the template."
+        )
+    segments, position = [], 0
+    for index, (start, end) in enumerate(spans):
+        end += len(tokenizer.eos_token) if whole.startswith(tokenizer.eos_token, end) else 0
+        last = index == len(spans) - 1 and roles[-1] == "assistant"
+        response = _until_eos(whole[start:end], tokenizer, last=last)
+        segments += [Segment(whole[position:start], False), Segment(response, not ask and index >= skipped)]
+        position = min(start + len(response), end)
+    return [*segments, Segment(whole[position:], False)]
+
+
+def _render_marks(messages: Messages, tokenizer: Tokenizer, ask: bool) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text, and where in it the template's `{% generation %}` blocks stand."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    # apply_chat_template gives away the blocks of tokens alone, not those of the text that it makes them from.
+    rendered: Any = render_jinja_template(
+        [[message._asdict() for message in messages]],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        add_generation_prompt=ask,
+        **tokenizer.special_tokens_map,
+    )
+    return rendered[0][0], rendered[1][0]
 
 
 def _until_eos(response: str, tokenizer: Tokenizer, *, last: bool) -> str:

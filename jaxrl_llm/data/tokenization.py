@@ -6,79 +6,69 @@ those that the model is given when it generates, and some tokens would belong to
 ids of a prompt are always the first ids of its examples.
 
 Nothing is shortened in silence: the functions on whole datasets say how many rows were cut at `max_length` (these lose
-their EOS) and how many were dropped because nothing to learn was left.
+their EOS, or with "keep_end" their beginning) and how many were dropped because nothing to learn was left.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Int32
 
-from jaxrl_llm.data.formats import Completion, PreferenceExample, Prompt, PromptExample, SupervisedExample
+from jaxrl_llm.data.examples import (
+    Completion,
+    PreferenceExample,
+    Prompt,
+    PromptExample,
+    RatedExample,
+    SupervisedExample,
+    UnpairedExample,
+)
 from jaxrl_llm.data.templates import Segment, render_example, render_prompt
 from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
+from jaxrl_llm.data.tokens import PreferenceTokens, RatedTokens, TokenizedRows, Tokens, UnpairedTokens
 
-
-class Tokens(NamedTuple):
-    """A tokenized row of SFT."""
-
-    ids: Int32[np.ndarray, " time"]
-    loss_mask: Bool[np.ndarray, " time"]
-    """True where the token is a target: responses with their EOS. Never the first token, which nothing predicts."""
-    truncated: bool
-    """Whether tokens were cut off at `max_length`."""
-
-
-class PreferenceTokens(NamedTuple):
-    """A tokenized row of DPO. Both responses end with EOS unless they were cut."""
-
-    prompt_ids: Int32[np.ndarray, " prompt"]
-    chosen_ids: Int32[np.ndarray, " chosen"]
-    rejected_ids: Int32[np.ndarray, " rejected"]
-    truncated: bool
-    """Whether a response was cut off at `max_length`."""
-
-
+Truncation: TypeAlias = Literal["keep_start", "keep_end"]
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizedRows(Generic[T]):
-    """The rows of a dataset that have something to learn from, and what became of the others."""
-
-    rows: list[T]
-    kept: list[int]
-    """For each row the index of its example."""
-    num_truncated: int
-    """Rows that were kept, but cut."""
-    num_dropped: int
-    """Examples that had to be left out: nothing of a response (or of a prompt its end) was within the limit."""
-
-    def __str__(self) -> str:
-        total = len(self.rows) + self.num_dropped
-        return f"{len(self.rows)} of {total} rows ({self.num_truncated} truncated, {self.num_dropped} dropped)"
-
-
 def tokenize_sft(
-    example: SupervisedExample, tokenizer: Tokenizer, *, max_length: int, completion_only_loss: bool = True
+    example: SupervisedExample,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    completion_only_loss: bool = True,
+    assistant_only_loss: bool = True,
+    truncation: Truncation = "keep_start",
 ) -> Tokens:
     """Tokenizes a row of SFT.
 
+    What is trained (never the first token, which nothing predicts):
+
+    | row | both true | `completion_only_loss` false | `assistant_only_loss` false | both false |
+    |---|---|---|---|---|
+    | text | all | all | all | all |
+    | prompt + completion, instruction | completion | all | completion | all |
+    | messages | assistant | assistant | all | all |
+    | prompt + completion as messages | assistant in the completion | assistant | completion | all |
+
+    "Assistant" are all its turns, each with its EOS, without the header that the template writes before it: what the
+    template marks by `{% generation %}`, and else what it writes after the generation prompt. "Completion" goes on to
+    the end, further turns of the user included. What follows the last target is left out.
+
     Args:
-        example: Prompt and completion; of messages, every response of the assistant in the completion is trained.
+        example: Prompt and completion.
         tokenizer: As `load_tokenizer` gives it.
         max_length: Tokens after which the row is cut, at least 1.
-        completion_only_loss: Train on responses alone (for conversations, what TRL calls `assistant_only_loss`). What
-            the template writes after the last response is then left out. If false, every token but the first is a
-            target.
+        completion_only_loss: Leave the prompt out of the loss. Says nothing where there is none: text, `messages`.
+        assistant_only_loss: Leave all but the assistant's turns out of the loss. Of conversations alone.
+        truncation: "keep_start" cuts the end of a row that is too long, and so its EOS; "keep_end" the beginning.
 
     Returns:
-        The row; its loss mask is all false if no token of a response is left.
+        The row; its loss mask is all false if no target is left.
 
     Raises:
-        ValueError: If `max_length` is below 1, or from `render_example` and `encode_text`.
+        ValueError: If `max_length` is below 1 or `truncation` unknown, or from `render_example` and `encode_text`.
 
     Example:
         >>> from jaxrl_llm.data.tokenizers import character_tokenizer
@@ -88,11 +78,24 @@ def tokenize_sft(
     """
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1 token, got {max_length}.")
-    ids, is_response = _encode(render_example(example.prompt, example.completion, tokenizer), tokenizer)
-    loss_mask = is_response if completion_only_loss else np.ones_like(is_response)
+    if truncation not in get_args(Truncation):
+        raise ValueError(f"truncation must be one of {get_args(Truncation)}, got {truncation!r}.")
+    prompt, completion = example
+    is_chat = isinstance(prompt, tuple)
+    if isinstance(prompt, tuple) and isinstance(completion, tuple) and not completion_only_loss:
+        prompt, completion = (), (*prompt, *completion)
+    ids, is_response = _encode(render_example(prompt, completion, tokenizer), tokenizer)
+    loss_mask = is_response
+    if is_chat and not assistant_only_loss:
+        loss_mask = np.logical_or.accumulate(is_response) if prompt else np.ones_like(is_response)
+    elif not is_chat and not completion_only_loss:
+        loss_mask = np.ones_like(is_response)
     loss_mask[:1] = False
     end = np.flatnonzero(loss_mask)[-1] + 1 if loss_mask.any() else 0
-    return Tokens(ids[:end][:max_length], loss_mask[:end][:max_length], bool(end > max_length))
+    start = max(end - max_length, 0) if truncation == "keep_end" else 0
+    ids, loss_mask = ids[start:end][:max_length], loss_mask[start:end][:max_length]
+    loss_mask[:1] = False
+    return Tokens(ids, loss_mask, bool(end > max_length))
 
 
 def tokenize_preference(
@@ -112,12 +115,10 @@ def tokenize_preference(
         >>> tokens.prompt_ids.tolist(), tokens.chosen_ids.tolist(), tokens.rejected_ids.tolist()
         ([3, 2, 3, 6], [4, 1], [5, 1])
     """
-    prompt_ids = tokenize_prompt(example.prompt, tokenizer)
-    answers = [_last_response(example.prompt, answer, tokenizer) for answer in (example.chosen, example.rejected)]
-    room = max(map(len, answers)) if max_length is None else max(max_length - len(prompt_ids), 0)
-    return PreferenceTokens(
-        prompt_ids, answers[0][:room], answers[1][:room], truncated=any(len(answer) > room for answer in answers)
+    (prompt_ids, *answers), truncated = _encode_answers(
+        example.prompt, (example.chosen, example.rejected), tokenizer, max_length
     )
+    return PreferenceTokens(prompt_ids, answers[0], answers[1], truncated, example.margin or 0.0)
 
 
 def tokenize_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Int32[np.ndarray, " time"]:
@@ -137,6 +138,8 @@ def tokenize_sft_rows(
     *,
     max_length: int,
     completion_only_loss: bool = True,
+    assistant_only_loss: bool = True,
+    truncation: Truncation = "keep_start",
 ) -> TokenizedRows[Tokens]:
     """Tokenizes a dataset of SFT (`tokenize_sft`); rows of which no response token is left are dropped and counted.
 
@@ -145,7 +148,14 @@ def tokenize_sft_rows(
     """
 
     def tokenize(example: SupervisedExample) -> Tokens:
-        return tokenize_sft(example, tokenizer, max_length=max_length, completion_only_loss=completion_only_loss)
+        return tokenize_sft(
+            example,
+            tokenizer,
+            max_length=max_length,
+            completion_only_loss=completion_only_loss,
+            assistant_only_loss=assistant_only_loss,
+            truncation=truncation,
+        )
 
     return _collect(map(tokenize, examples), lambda row: row.loss_mask.any(), f"max_length={max_length}")
 
@@ -153,13 +163,61 @@ def tokenize_sft_rows(
 def tokenize_preference_rows(
     examples: Sequence[PreferenceExample], tokenizer: Tokenizer, *, max_length: int | None = None
 ) -> TokenizedRows[PreferenceTokens]:
-    """Tokenizes a dataset of DPO (`tokenize_preference`); rows with an answer wholly cut are dropped and counted.
+    """Tokenizes a dataset of DPO (`tokenize_preference`).
+
+    Rows with an answer wholly cut, or with answers that are the same within the limit, are dropped and counted.
 
     Raises:
         ValueError: If no row is left.
     """
+
+    def differ(row: PreferenceTokens) -> bool:
+        return min(len(row.chosen_ids), len(row.rejected_ids)) > 0 and not np.array_equal(*row[1:3])
+
     rows = (tokenize_preference(example, tokenizer, max_length=max_length) for example in examples)
-    return _collect(rows, lambda row: len(row.chosen_ids) and len(row.rejected_ids), f"max_length={max_length}")
+    return _collect(rows, differ, f"max_length={max_length}")
+
+
+def tokenize_unpaired_rows(
+    examples: Sequence[UnpairedExample], tokenizer: Tokenizer, *, max_length: int | None = None
+) -> TokenizedRows[UnpairedTokens]:
+    """Tokenizes a dataset of KTO or BCO; rows with a completion wholly cut are dropped and counted.
+
+    Args:
+        examples: Single answers with a label.
+        tokenizer: As `load_tokenizer` gives it.
+        max_length: As in `tokenize_preference`.
+
+    Raises:
+        ValueError: If no row is left.
+    """
+
+    def tokenize(example: UnpairedExample) -> UnpairedTokens:
+        (prompt, completion), truncated = _encode_answers(example.prompt, (example.completion,), tokenizer, max_length)
+        return UnpairedTokens(prompt, completion, example.label, truncated)
+
+    return _collect(map(tokenize, examples), lambda row: len(row.completion_ids), f"max_length={max_length}")
+
+
+def tokenize_rated_rows(
+    examples: Sequence[RatedExample], tokenizer: Tokenizer, *, max_length: int | None = None
+) -> TokenizedRows[RatedTokens]:
+    """Tokenizes a dataset of ratings; rows with a completion wholly cut are dropped and counted.
+
+    Args:
+        examples: Texts, or answers to prompts, with a score.
+        tokenizer: As `load_tokenizer` gives it.
+        max_length: As in `tokenize_preference`.
+
+    Raises:
+        ValueError: If no row is left.
+    """
+
+    def tokenize(example: RatedExample) -> RatedTokens:
+        (prompt, completion), truncated = _encode_answers(example.prompt, (example.completion,), tokenizer, max_length)
+        return RatedTokens(prompt, completion, example.score, truncated)
+
+    return _collect(map(tokenize, examples), lambda row: len(row.completion_ids), f"max_length={max_length}")
 
 
 def tokenize_prompt_rows(
@@ -184,7 +242,18 @@ def tokenize_prompt_rows(
 def _encode(segments: Sequence[Segment], tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     encoded = [encode_text(segment.text, tokenizer) for segment in segments]
     ids = np.array([token for tokens in encoded for token in tokens], np.int32)
-    return ids, np.repeat([segment.train for segment in segments], [len(tokens) for tokens in encoded])
+    return ids, np.repeat(np.array([segment.train for segment in segments], bool), [len(ids) for ids in encoded])
+
+
+def _encode_answers(
+    prompt: Prompt, answers: Sequence[Completion], tokenizer: Tokenizer, max_length: int | None
+) -> tuple[list[np.ndarray], bool]:
+    """The ids of the prompt and of each answer, cut at `max_length`, and whether one was cut."""
+    prompt_ids = tokenize_prompt(prompt, tokenizer)
+    responses = [_last_response(prompt, answer, tokenizer) for answer in answers]
+    room = max(map(len, responses)) if max_length is None else max(max_length - len(prompt_ids), 0)
+    truncated = any(len(response) > room for response in responses)
+    return [prompt_ids, *(response[:room] for response in responses)], truncated
 
 
 def _last_response(prompt: Prompt, answer: Completion, tokenizer: Tokenizer) -> np.ndarray:
@@ -194,6 +263,8 @@ def _last_response(prompt: Prompt, answer: Completion, tokenizer: Tokenizer) -> 
 
 def _collect(rows: Iterable[T], has_signal: Callable[[T], Any], limit: str) -> TokenizedRows[T]:
     everything = list(rows)
+    if not everything:
+        raise ValueError("There are no examples to tokenize: the dataset is empty.")
     kept = [index for index, row in enumerate(everything) if has_signal(row)]
     if not kept:
         raise ValueError(

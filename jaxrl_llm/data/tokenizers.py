@@ -1,6 +1,7 @@
-"""Tokenizers: from a folder or the hub, GPT-2's without a network, and a character tokenizer made on the spot."""
+"""Tokenizers: from a folder or the hub, GPT-2's without a network, and two kinds made on the spot."""
 
 import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -64,6 +65,53 @@ def character_tokenizer(alphabet: str) -> Tokenizer:
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
     backend.decoder = tokenizers.decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE tokenizer, as GPT-2's, on texts: the same texts always give the same tokens.
+
+    Its alphabet are the 256 bytes, so it encodes any text and gives it back. `<|endoftext|>`, with id 0, is its EOS and
+    BOS; there is no padding token (`padding_id` then takes EOS). It is saved and loaded like any other tokenizer.
+
+    Args:
+        texts: Read once, so a generator will do.
+        vocab_size: Tokens at most, the 256 bytes and `<|endoftext|>` among them; fewer if the texts have no more pairs
+            to join.
+
+    Raises:
+        ValueError: If `vocab_size` is below 257, or there is no text.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["low lower lowest"] * 10, vocab_size=262)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer.encode("lowest<|endoftext|>"))
+        ['low', 'e', 'st', '<|endoftext|>']
+    """
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size must be at least 257, for the bytes and <|endoftext|>, got {vocab_size}.")
+    eos, count = "<|endoftext|>", 0
+
+    def counted() -> Iterable[str]:
+        nonlocal count
+        for text in texts:
+            count += bool(text)
+            yield text
+
+    backend: Any = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eos],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(counted(), trainer)
+    if not count:
+        raise ValueError("texts are empty; expected the text to learn the tokens from.")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, bos_token=eos)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:

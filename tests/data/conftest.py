@@ -3,11 +3,7 @@
 import pytest
 
 from jaxrl_llm.data import character_tokenizer, load_tokenizer
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from tests.data.chat import CHATML
 
 
 @pytest.fixture(scope="session")

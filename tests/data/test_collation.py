@@ -1,4 +1,4 @@
-"""Collation and order: fixed shapes, masks that tell what is real, and batches that are functions of seed and step."""
+"""Collation: fixed shapes, and masks that tell what is real."""
 
 import subprocess
 import sys
@@ -10,12 +10,16 @@ import pytest
 
 from jaxrl_llm.data import (
     PreferenceTokens,
+    RatedTokens,
     Tokens,
-    batch_indices,
+    UnpairedTokens,
     collate_preference,
     collate_prompts,
+    collate_rated,
     collate_sft,
-    split_indices,
+    collate_unpaired,
+    count_rows_without_targets,
+    rotate_completions,
 )
 
 LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=5)
@@ -56,6 +60,101 @@ def test_prompts_are_padded_on_the_left():
     assert batch.prompt_mask.tolist() == [[False, True, True, True], [False, False, False, True]]
 
 
+@pytest.mark.parametrize(
+    ("rows", "multiple_of", "left", "right"),
+    [
+        ([[1, 2, 3], [4, 5]], 1, [[1, 2, 3], [0, 4, 5]], [[1, 2, 3], [4, 5, 0]]),
+        ([[1], [2, 3], [4, 5, 6]], 1, [[0, 0, 1], [0, 2, 3], [4, 5, 6]], [[1, 0, 0], [2, 3, 0], [4, 5, 6]]),
+        ([[1, 2, 3], [4, 5]], 4, [[0, 1, 2, 3], [0, 0, 4, 5]], [[1, 2, 3, 0], [4, 5, 0, 0]]),
+        ([[1, 2, 3, 4], [5]], 4, [[1, 2, 3, 4], [0, 0, 0, 5]], [[1, 2, 3, 4], [5, 0, 0, 0]]),
+        ([[1, 2, 3, 4, 5]], 4, [[0, 0, 0, 1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 0, 0, 0]]),
+        ([[], [7]], 2, [[0, 0], [0, 7]], [[0, 0], [7, 0]]),
+    ],
+)
+def test_padding_on_either_side_is_that_of_trl(rows, multiple_of, left, right):
+    prompts = collate_prompts([ids(*values) for values in rows], pad_id=0, multiple_of=multiple_of)
+    tokens = [Tokens(ids(*values), np.ones(len(values), bool), truncated=False) for values in rows]
+    batch = collate_sft(tokens, pad_id=0, multiple_of=multiple_of)
+    assert prompts.prompt_ids.tolist() == left
+    assert prompts.prompt_mask.tolist() == [[value != 0 for value in row] for row in left]
+    assert batch.tokens.tolist() == right
+    assert batch.mask.tolist() == batch.loss_mask.tolist() == [[value != 0 for value in row] for row in right]
+
+
+def test_the_loss_mask_says_what_trl_says_by_labels_of_minus_100():
+    tokens = [
+        Tokens(ids(1, 2, 3), np.array([False, True, True]), False),
+        Tokens(ids(4, 5), np.array([False, True]), False),
+    ]
+    batch = collate_sft(tokens, pad_id=0, length=3)
+    labels = np.where(batch.loss_mask, batch.tokens, -100)
+    assert labels.tolist() == [[-100, 2, 3], [-100, 5, -100]]
+
+
+def test_pairs_are_laid_out_as_by_trl():
+    rows = [
+        PreferenceTokens(ids(1, 2, 3), ids(4, 5), ids(6), truncated=False),
+        PreferenceTokens(ids(7, 8), ids(9, 10), ids(11, 12, 13), truncated=False),
+    ]
+    chosen, rejected = collate_preference(rows, pad_id=0, multiple_of=1)
+    assert np.concatenate([chosen.tokens, rejected.tokens]).tolist() == [
+        [1, 2, 3, 4, 5],
+        [7, 8, 9, 10, 0],
+        [1, 2, 3, 6, 0],
+        [7, 8, 11, 12, 13],
+    ]
+    assert np.concatenate([chosen.mask, rejected.mask]).astype(int).tolist() == [
+        [1, 1, 1, 1, 1],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 0],
+        [1, 1, 1, 1, 1],
+    ]
+    assert np.concatenate([chosen.loss_mask, rejected.loss_mask]).astype(int).tolist() == [
+        [0, 0, 0, 1, 1],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 1, 1, 1],
+    ]
+
+
+def test_unpaired_answers_keep_their_labels():
+    rows = [UnpairedTokens(ids(1, 2), ids(3, 9), True, False), UnpairedTokens(ids(4), ids(9), False, False)]
+    batch = collate_unpaired(rows, pad_id=0, length=4)
+    assert batch.completions.tokens.tolist() == [[1, 2, 3, 9], [4, 9, 0, 0]]
+    assert batch.completions.loss_mask.astype(int).tolist() == [[0, 0, 1, 1], [0, 1, 0, 0]]
+    assert (batch.labels.tolist(), batch.labels.dtype) == ([True, False], bool)
+
+
+def test_rotation_gives_each_prompt_the_completion_before_it_as_trl_does():
+    rows = [UnpairedTokens(ids(n, n), ids(*range(n, 2 * n)), n % 2 == 0, False) for n in (1, 2, 3)]
+    rotated = rotate_completions(rows)
+    assert [row.prompt_ids.tolist() for row in rotated] == [[1, 1], [2, 2], [3, 3]]
+    assert [row.completion_ids.tolist() for row in rotated] == [[3, 4, 5], [1], [2, 3]]
+    assert [row.label for row in rotated] == [row.label for row in rows]
+    cut = rotate_completions(rows, max_length=4)
+    assert [row.completion_ids.tolist() for row in cut] == [[3, 4], [1], [2, 3]]
+    assert [row.truncated for row in cut] == [True, False, False]
+    assert [len(row.completion_ids) for row in rotate_completions(rows, max_length=2)] == [0, 0, 0]
+    with pytest.raises(ValueError, match="a batch of at least 2 rows to exchange completions, got 1"):
+        rotate_completions(rows[:1])
+
+
+def test_rated_texts_keep_their_scores_and_a_text_alone_counts_from_its_second_token():
+    rows = [RatedTokens(ids(), ids(3, 4, 9), -1.5, False), RatedTokens(ids(1), ids(2, 9), 3.25, False)]
+    batch = collate_rated(rows, pad_id=0, length=4)
+    assert batch.texts.tokens.tolist() == [[3, 4, 9, 0], [1, 2, 9, 0]]
+    assert batch.texts.loss_mask.astype(int).tolist() == [[0, 1, 1, 0], [0, 1, 1, 0]]
+    assert (batch.scores.tolist(), batch.scores.dtype) == ([-1.5, 3.25], np.float32)
+
+
+def test_rows_without_a_target_are_counted_and_may_be_empty():
+    rows = [row(3), row(3, prompt_length=3), Tokens(ids(), np.zeros(0, bool), truncated=True)]
+    batch = collate_sft(rows, pad_id=0, multiple_of=4)
+    assert count_rows_without_targets(batch.loss_mask) == 2
+    assert not batch.mask[2].any()
+    assert collate_sft(rows[2:], pad_id=0, multiple_of=4).tokens.shape == (1, 4)
+
+
 def test_both_halves_of_a_pair_have_one_shape_and_only_answers_count():
     rows = [
         PreferenceTokens(ids(1, 2), ids(3, 9), ids(4, 5, 6, 9), truncated=False),
@@ -76,64 +175,6 @@ def test_a_row_longer_than_the_fixed_length_is_an_error():
     ):
         with pytest.raises(ValueError, match="length must be at least that of the longest row, got length=4 and 5"):
             collate()
-
-
-@hypothesis.given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32), st.integers(1, 5))
-def test_every_row_comes_once_in_every_epoch(num_rows, batch_size, seed, num_epochs):
-    num_steps = -(-num_rows * num_epochs // batch_size)
-    batches = [batch_indices(num_rows, batch_size, seed=seed, step=step) for step in range(num_steps)]
-    assert {batch.shape for batch in batches} == {(batch_size,)}
-    stream = np.concatenate(batches)
-    for epoch in range(num_epochs):
-        assert sorted(stream[epoch * num_rows : (epoch + 1) * num_rows]) == list(range(num_rows))
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    late = batch_indices(100, 8, seed=3, step=1000)
-    batch_indices(100, 8, seed=4, step=0)
-    assert batch_indices(100, 8, seed=3, step=1000).tolist() == late.tolist()
-    code = "from jaxrl_llm.data import batch_indices; print(batch_indices(100, 8, seed=3, step=1000).tolist())"
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert fresh.stdout.strip() == str(late.tolist())
-
-
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(batch_indices(50, 50, seed=seed, step=step)) for seed in range(3) for step in range(3)}
-    assert len(orders) == 9
-
-
-@hypothesis.given(st.integers(2, 60), st.integers(0, 1000), st.data())
-def test_a_split_parts_all_rows(num_rows, seed, data):
-    count = data.draw(st.integers(0, num_rows - 1))
-    train, held_out = split_indices(num_rows, held_out=count, seed=seed)
-    assert len(held_out) == count
-    assert sorted([*train, *held_out]) == list(range(num_rows))
-    again = split_indices(num_rows, held_out=count, seed=seed)
-    assert train.tolist() == again[0].tolist()
-
-
-def test_a_fraction_is_rounded_to_rows_and_holds_out_at_least_one():
-    assert len(split_indices(1000, held_out=0.128, seed=0)[1]) == 128
-    assert len(split_indices(10, held_out=0.001, seed=0)[1]) == 1
-    assert (
-        split_indices(1000, held_out=0.5, seed=0)[1].tolist() != split_indices(1000, held_out=0.5, seed=1)[1].tolist()
-    )
-
-
-@pytest.mark.parametrize("held_out", [10, 11, -1, 1.0, 0.0, 1.5, -0.1])
-def test_a_split_that_leaves_nothing_is_an_error(held_out):
-    with pytest.raises(ValueError, match="held_out must be a fraction in"):
-        split_indices(10, held_out=held_out, seed=0)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [((0, 2, 0, 0), "num_rows"), ((2, 0, 0, 0), "batch_size"), ((2, 2, -1, 0), "seed"), ((2, 2, 0, -1), "step")],
-)
-def test_numbers_out_of_range_are_errors(arguments, name):
-    num_rows, batch_size, seed, step = arguments
-    with pytest.raises(ValueError, match=f"{name} must be at least"):
-        batch_indices(num_rows, batch_size, seed=seed, step=step)
 
 
 def test_importing_the_data_layer_imports_no_framework():

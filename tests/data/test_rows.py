@@ -53,6 +53,37 @@ def test_a_saved_dataset_and_a_folder_of_files_are_read(tmp_path):
         assert row.where == f"{tmp_path / name}[{split}], row 1"
 
 
+def test_a_text_file_is_a_row_and_a_folder_of_them_one_each(tmp_path):
+    write(tmp_path / "b.txt", "\ufeffTo be\r\nor not")
+    write(tmp_path / "a.txt", "幸福\n")
+    write(tmp_path / "README.md", "no data")
+    one, other = f"{tmp_path / 'a.txt'}", f"{tmp_path / 'b.txt'}"
+    assert read_rows(other) == [(other, {"text": "To be\r\nor not"})]
+    assert read_rows(tmp_path) == [(one, {"text": "幸福\n"}), (other, {"text": "To be\r\nor not"})]
+    write(tmp_path / "train.jsonl", jsonl(ROWS[:1]))
+    assert [row.fields for row in read_rows(tmp_path)] == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "Stra\xdfe", r"a.txt: byte 4 of the file \(0xdf\) is not utf-8. Convert the file .* as `encoding`"),
+        ("a.json", '[{"text": "Stra\xdfe"}]', r"a.json: byte 15 of the file \(0xdf\) is not utf-8"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n\n{"text": "\xdf"}\n',
+            r"a.jsonl, line 3: byte 25 of the file \(0xdf\) is not utf-8",
+        ),
+    ],
+)
+def test_a_file_in_another_encoding_is_an_error_with_place_and_cure(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=message):
+        read_rows(path)
+    assert "ß" in read_rows(path, encoding="latin-1")[-1].fields["text"]
+
+
 def test_a_row_knows_its_line_and_blank_lines_count(tmp_path):
     path = write(tmp_path / "a.jsonl", '\ufeff{"text": "a"}\n\n{"text": "b"}\r\n')
     assert [row.where for row in read_rows(path)] == [f"{path}, line 1", f"{path}, line 3"]
@@ -80,7 +111,7 @@ def test_rows_in_memory_are_copied():
         ("a.json", "7", r"a.json holds a JSON int; expected a list"),
         ("a.json", '[{"text": "a"}, "b"]', r"a.json, row 2: a row must be a JSON object, got str"),
         ("a.json", '{"dev": [], "test": []}', r"2 lists \['dev', 'test'\], none of them called 'train'"),
-        ("a.csv", "text\na", r"a.csv ends in '.csv'. A data source is a .json, .jsonl or .parquet file"),
+        ("a.csv", "text\na", r"a.csv ends in '.csv'. A data source is a .json, .jsonl, .parquet or .txt file"),
         ("a.parquet", "text", r"a.parquet is no valid parquet file"),
     ],
 )

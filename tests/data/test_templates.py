@@ -4,6 +4,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from jaxrl_llm.data import Instruction, Message, Segment, character_tokenizer, render_example, render_prompt
+from tests.data.chat import MARKED
 
 EOS = "<|endoftext|>"
 SYSTEM, USER = Message("system", "Be kind."), Message("user", "Hi")
@@ -87,6 +88,50 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_where_it_matters(chat
     chatml.chat_template = "{{ messages | length }}:{{ messages[-1].content }}<|im_end|>"
     with pytest.raises(ValueError, match=r"rewrites earlier turns: the text up to message 1 .*Train on the last turn"):
         render_example((), (USER, ASSISTANT, MORE, BYE), chatml)
+
+
+OUTSIDE = MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+SPACED = MARKED.replace("{% generation %}", "{%- generation -%}").replace(
+    "{% endgeneration %}", "{%- endgeneration -%}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKED, OUTSIDE, SPACED], ids=["eos marked", "eos not marked", "stripped"])
+def test_marks_of_the_template_say_what_is_trained_and_eos_belongs_to_it(chatml, template):
+    conversation = (SYSTEM, USER, ASSISTANT, MORE, BYE)
+    unmarked = render_example((), conversation, chatml), render_prompt(conversation[:4], chatml)
+    chatml.chat_template = template
+    segments = render_example((), conversation, chatml)
+    assert trained(segments) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    assert (segments, render_prompt(conversation[:4], chatml)) == unmarked
+    assert trained(render_example(conversation[:4], (BYE,), chatml)) == ["See you<|im_end|>"]
+    assert trained(render_example((), conversation[:4], chatml)) == ["Hello<|im_end|>"]
+
+
+def test_marks_allow_a_template_that_rewrites_earlier_turns(chatml):
+    chatml.chat_template = "{{ messages | length }} turns: " + MARKED
+    assert trained(render_example((), (USER, ASSISTANT, MORE, BYE), chatml)) == ["Hello<|im_end|>", "See you<|im_end|>"]
+    assert text(render_prompt((USER,), chatml)).startswith("1 turns: <|im_start|>user")
+
+
+def test_the_last_marked_response_gets_an_eos_that_the_template_lacks(chatml):
+    mark = "{% generation %}{{ message.content }}{% endgeneration %}"
+    chatml.chat_template = f"{{% for message in messages %}}[{mark}]{{% endfor %}}"
+    segments = render_example((), (ASSISTANT,), chatml)
+    assert (text(segments), trained(segments)) == ("[Hello<|im_end|>]", ["Hello<|im_end|>"])
+
+
+@pytest.mark.parametrize(
+    ("condition", "count"), [("false", 0), ("loop.last and message.role == 'assistant'", 1)], ids=["none", "the last"]
+)
+def test_marks_that_do_not_tell_the_turns_apart_are_refused(chatml, condition, count):
+    mark = "{% generation %}{{ message.content }}{% endgeneration %}"
+    inner = f"{{% if {condition} %}}{mark}{{% else %}}{{{{ message.content }}}}{{% endif %}}"
+    chatml.chat_template = f"{{% for message in messages %}}{inner}{{% endfor %}}"
+    with pytest.raises(
+        ValueError, match=rf"marks {count} texts by {{% generation %}} .* with 2 turns of the assistant"
+    ):
+        render_example((USER, ASSISTANT, MORE), (BYE,), chatml)
 
 
 def test_bos_is_kept_where_the_tokenizer_adds_one():

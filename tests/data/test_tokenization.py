@@ -10,14 +10,20 @@ from jaxrl_llm.data import (
     Message,
     PreferenceExample,
     PromptExample,
+    RatedExample,
     SupervisedExample,
+    UnpairedExample,
     tokenize_preference,
     tokenize_preference_rows,
     tokenize_prompt,
     tokenize_prompt_rows,
+    tokenize_rated_rows,
     tokenize_sft,
     tokenize_sft_rows,
+    tokenize_unpaired_rows,
 )
+from tests.data.chat import MARKED
+from tests.unchecked import unchecked
 
 USER, ASSISTANT = Message("user", "你好！"), Message("assistant", "你好，有什么可以帮你？")
 MORE, BYE = Message("user", "再见"), Message("assistant", "再见！")
@@ -53,11 +59,93 @@ def test_every_response_of_a_conversation_is_trained_and_what_follows_the_last_i
         assert tokens.ids[-1] == tokenizer.eos_token_id
 
 
-def test_without_completion_only_loss_all_but_the_first_token_are_targets(gpt2):
-    example = SupervisedExample((), (USER, ASSISTANT))
-    tokens = tokenize_sft(example, gpt2, max_length=512, completion_only_loss=False)
-    assert gpt2.decode(tokens.ids).endswith("<|endoftext|>\n")
-    assert tokens.loss_mask.tolist() == [False] + [True] * (len(tokens.ids) - 1)
+SYSTEM = Message("system", "Be kind.")
+TURNS = {
+    "text": SupervisedExample("", "Once upon"),
+    "completion": SupervisedExample("Hi you", " there"),
+    "instruction": SupervisedExample(Instruction("Hi"), "there"),
+    "messages": SupervisedExample((), (SYSTEM, USER, ASSISTANT, MORE, BYE)),
+    "turns": SupervisedExample((USER, ASSISTANT, MORE), (BYE, USER, ASSISTANT)),
+}
+A, B = ASSISTANT.content, BYE.content
+ONE_TURN = "\n### User:\n你好！\n### Assistant:\n"
+
+
+@pytest.mark.parametrize(
+    ("kind", "completion_only", "assistant_only", "trained"),
+    [
+        ("text", True, True, " upon<eos>"),
+        ("text", False, False, " upon<eos>"),
+        ("completion", True, True, " there<eos>"),
+        ("completion", True, False, " there<eos>"),
+        ("completion", False, True, " you there<eos>"),
+        ("instruction", True, True, "there<eos>"),
+        ("instruction", False, True, " Instruction:\nHi\n### Response:\nthere<eos>"),
+        ("messages", True, True, f"{A}<eos>{B}<eos>"),
+        ("messages", False, True, f"{A}<eos>{B}<eos>"),
+        (
+            "messages",
+            True,
+            False,
+            f" System:\nBe kind.\n### User:\n你好！\n### Assistant:\n{A}<eos>\n### User:\n再见\n### Assistant:\n{B}<eos>\n",
+        ),
+        ("turns", True, True, f"{B}<eos>{A}<eos>"),
+        ("turns", False, True, f"{A}<eos>{B}<eos>{A}<eos>"),
+        ("turns", True, False, f"{B}<eos>{ONE_TURN}{A}<eos>\n"),
+        (
+            "turns",
+            False,
+            False,
+            f" User:\n你好！\n### Assistant:\n{A}<eos>\n### User:\n再见\n### Assistant:\n{B}<eos>{ONE_TURN}{A}<eos>\n",
+        ),
+    ],
+)
+def test_the_two_switches_say_what_is_trained(gpt2, kind, completion_only, assistant_only, trained):
+    tokens = tokenize_sft(
+        TURNS[kind],
+        gpt2,
+        max_length=512,
+        completion_only_loss=completion_only,
+        assistant_only_loss=assistant_only,
+    )
+    assert trained_text(tokens, gpt2).replace("<|endoftext|>", "<eos>") == trained
+
+
+def test_a_template_with_marks_trains_what_transformers_says(chatml):
+    chatml.chat_template = MARKED
+    tokens = tokenize_sft(TURNS["messages"], chatml, max_length=512)
+    messages = [message._asdict() for message in TURNS["messages"].completion]
+    expected = chatml.apply_chat_template(messages, return_assistant_tokens_mask=True, return_dict=True)
+    length = len(tokens.ids)
+    assert tokens.ids.tolist() == expected["input_ids"][:length]
+    assert tokens.loss_mask.astype(int).tolist() == expected["assistant_masks"][:length]
+    assert not any(expected["assistant_masks"][length:])
+
+
+@pytest.mark.parametrize(
+    ("max_length", "start", "targets"), [(7, 0, "11<eos>"), (6, 1, "11<eos>"), (3, 4, "1<eos>"), (1, 6, "")]
+)
+def test_keeping_the_end_keeps_eos_and_cuts_the_beginning(digits, max_length, start, targets):
+    example = SupervisedExample("3+4=", "11")
+    whole = tokenize_sft(example, digits, max_length=7)
+    tokens = tokenize_sft(example, digits, max_length=max_length, truncation="keep_end")
+    assert tokens.ids.tolist() == whole.ids[start:].tolist()
+    assert trained_text(tokens, digits) == targets
+    assert tokens.truncated == (max_length < 7)
+
+
+def test_rows_that_lose_their_eos_or_their_beginning_are_counted(digits):
+    examples = [SupervisedExample("1+1=", "2"), SupervisedExample("1+1+1+1=", "4")]
+    kept = tokenize_sft_rows(examples, digits, max_length=7, truncation="keep_end")
+    assert (kept.num_truncated, kept.num_dropped, kept.rows[1].ids[-1]) == (1, 0, digits.eos_token_id)
+    cut = tokenize_sft_rows(examples, digits, max_length=9)
+    assert (cut.num_truncated, cut.num_dropped) == (1, 0)
+    assert digits.eos_token_id not in cut.rows[1].ids
+
+
+def test_an_unknown_truncation_is_refused(digits):
+    with unchecked(), pytest.raises(ValueError, match=r"truncation must be one of .*'keep_end'.*, got 'middle'"):
+        tokenize_sft(TURNS["text"], digits, max_length=4, truncation="middle")
 
 
 def test_text_is_trained_from_its_second_token(digits):
@@ -140,6 +228,48 @@ def test_answers_are_cut_at_max_length_and_lost_ones_dropped(digits):
     assert row.rejected_ids.tolist() == whole.rejected_ids[:2].tolist()
     assert (rows.kept, rows.num_truncated, rows.num_dropped) == ([0], 1, 1)
     assert tokenize_preference_rows(examples, digits).kept == [0, 1]
+
+
+def test_answers_that_are_the_same_within_the_limit_are_dropped(digits):
+    examples = [PreferenceExample("1+1=", "123", "124"), PreferenceExample("1+1=", "1", "2")]
+    rows = tokenize_preference_rows(examples, digits, max_length=6)
+    assert (rows.kept, rows.num_dropped) == ([1], 1)
+    assert tokenize_preference_rows(examples, digits).num_dropped == 0
+
+
+def test_margins_are_carried_along(digits):
+    assert tokenize_preference(PreferenceExample("1=", "1", "2", 0.5), digits).margin == 0.5
+    assert tokenize_preference(PreferenceExample("1=", "1", "2"), digits).margin == 0.0
+
+
+def test_unpaired_and_rated_rows_end_with_eos_and_lost_completions_are_dropped(digits):
+    prompts = ["1+1=", "1+1+1+1=", "1+1+1="]
+    unpaired = tokenize_unpaired_rows([UnpairedExample(p, "12", p == "1+1=") for p in prompts], digits, max_length=8)
+    rated = tokenize_rated_rows([RatedExample(p, "12", len(p) / 2) for p in prompts], digits, max_length=8)
+    for rows in (unpaired, rated):
+        assert [digits.decode(row.prompt_ids) for row in rows.rows] == ["1+1=", "1+1+1="]
+        assert [digits.decode(row.completion_ids) for row in rows.rows] == ["12<eos>", "12"]
+        assert (rows.kept, rows.num_truncated, rows.num_dropped) == ([0, 2], 1, 1)
+        assert [row.truncated for row in rows.rows] == [False, True]
+    assert [row.label for row in unpaired.rows] == [True, False]
+    assert [row.score for row in rated.rows] == [2.0, 3.0]
+
+
+def test_a_rated_text_has_no_prompt(digits, chatml):
+    (row,) = tokenize_rated_rows([RatedExample("", "1+1", 2.5)], digits).rows
+    assert (row.prompt_ids.tolist(), digits.decode(row.completion_ids)) == ([], "1+1<eos>")
+    chat = UnpairedExample((USER,), (ASSISTANT,), True)
+    (row,) = tokenize_unpaired_rows([chat], chatml).rows
+    assert chatml.decode(row.completion_ids) == f"{ASSISTANT.content}<|im_end|>"
+    assert row.prompt_ids.tolist() == tokenize_prompt((USER,), chatml).tolist()
+
+
+def test_an_empty_dataset_is_an_error(digits):
+    for tokenize in (tokenize_preference_rows, tokenize_unpaired_rows, tokenize_rated_rows, tokenize_prompt_rows):
+        with pytest.raises(ValueError, match="There are no examples to tokenize: the dataset is empty"):
+            tokenize([], digits)
+    with pytest.raises(ValueError, match="There are no examples to tokenize: the dataset is empty"):
+        tokenize_sft_rows([], digits, max_length=8)
 
 
 def test_prompts_that_are_too_long_are_dropped_not_cut(digits):

@@ -1,11 +1,13 @@
 """Tokenizers: known ids, round trips and the errors of what cannot be loaded or encoded."""
 
+import re
+
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerFast
 
-from jaxrl_llm.data import character_tokenizer, load_tokenizer, padding_id
+from jaxrl_llm.data import character_tokenizer, load_tokenizer, padding_id, train_tokenizer
 from jaxrl_llm.data.tokenizers import encode_text
 
 
@@ -71,6 +73,61 @@ def test_gpt2_survives_saving_and_loading(tmp_path, gpt2):
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.get_vocab() == gpt2.get_vocab()
     assert loaded.encode("Hello 幸福") == gpt2.encode("Hello 幸福")
+
+
+CORPUS = ["To be, or not to be, that is the question:\n", "Whether 'tis nobler in the mind to suffer\n"] * 20
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return train_tokenizer(iter(CORPUS), vocab_size=300)
+
+
+def test_a_trained_tokenizer_joins_what_is_frequent(trained):
+    assert (len(trained), len(train_tokenizer(["ab"], vocab_size=1000))) == (300, 258)
+    assert trained.convert_ids_to_tokens(encode_text(" the question", trained)[:1]) == ["Ġthe"]
+    assert len(encode_text(CORPUS[0], trained)) < 0.7 * len(CORPUS[0])
+    assert (trained.eos_token_id, trained.bos_token_id, padding_id(trained)) == (0, 0, 0)
+    assert encode_text("be<|endoftext|>", trained)[-1] == 0
+
+
+@hypothesis.given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_a_trained_tokenizer_round_trips_any_text(trained, text):
+    assert trained.decode(encode_text(text, trained)) == text
+
+
+@pytest.mark.parametrize("text", ["  a . b 's n't , ?", "幸福 é\r\n\t\u2028😀", "<|endoftext|><|endoftext|>", ""])
+def test_a_trained_tokenizer_keeps_spaces_and_special_tokens(trained, text):
+    assert trained.decode(encode_text(text, trained)) == text
+
+
+def test_training_a_tokenizer_is_deterministic(trained):
+    assert train_tokenizer(CORPUS, vocab_size=300).backend_tokenizer.to_str() == trained.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("with_model", [False, True], ids=["alone", "beside a GPT-2 config"])
+def test_a_trained_tokenizer_survives_saving_and_loading(tmp_path, trained, with_model):
+    trained.save_pretrained(tmp_path)
+    if with_model:
+        (tmp_path / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    loaded = load_tokenizer(tmp_path)
+    text = "To be 'tis 幸福 <|endoftext|>"
+    assert loaded.get_vocab() == trained.get_vocab()
+    assert encode_text(text, loaded) == encode_text(text, trained)
+    assert (loaded.eos_token_id, loaded.bos_token_id, loaded.decode(encode_text(text, loaded))) == (0, 0, text)
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (["a"], 256, "vocab_size must be at least 257, for the bytes and <|endoftext|>, got 256"),
+        ([], 300, "texts are empty"),
+        (["", ""], 300, "texts are empty"),
+    ],
+)
+def test_a_tokenizer_cannot_be_trained_on_nothing_or_to_nothing(texts, vocab_size, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_tokenizer(texts, vocab_size)
 
 
 def test_a_character_outside_the_alphabet_is_an_error(digits):
