@@ -16,10 +16,17 @@ COMMANDS = {
         "jaxrl_llm.recipes.quickstart",
         "the main job: SFT, then GRPO on sums, then PPO on CartPole; 5 minutes",
     ),
+    "pretrain": ("jaxrl_llm.recipes.text.pretrain", "predict the next token of raw text"),
     "sft": ("jaxrl_llm.recipes.text.sft", "supervised fine-tuning on instructions, chats or text"),
+    "reward-model": ("jaxrl_llm.recipes.text.reward_model", "a reward for each text, from pairs or from ratings"),
     "dpo": ("jaxrl_llm.recipes.text.dpo", "Direct Preference Optimization on pairs of responses"),
+    "kto": ("jaxrl_llm.recipes.text.kto", "Kahneman-Tversky optimization on responses labelled good or bad"),
+    "orpo": ("jaxrl_llm.recipes.text.orpo", "odds-ratio preference optimization, without a reference"),
+    "cpo": ("jaxrl_llm.recipes.text.cpo", "contrastive preference optimization, SimPO and AlphaPO"),
+    "distill": ("jaxrl_llm.recipes.text.distill", "a small model learns the predictions of a large one"),
     "grpo": ("jaxrl_llm.recipes.text.grpo", "reinforcement learning with rewards, relative to a group of completions"),
     "generate": ("jaxrl_llm.recipes.text.generate", "complete prompts with a saved model"),
+    "evaluate": ("jaxrl_llm.recipes.text.evaluate", "perplexity, right answers and preferences of a saved model"),
     "control ppo": ("jaxrl_llm.recipes.control.ppo", "proximal policy optimization on a gymnax environment"),
 }
 """Each command, the module that has its `Config` and `run`, and what it does."""

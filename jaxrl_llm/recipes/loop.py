@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -11,10 +11,24 @@ from rich.text import Text
 from jaxrl_llm.recipes.options import RunOptions
 from jaxrl_llm.recipes.progress import Progress
 from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.logging import RunLogger, interruptible
+from jaxrl_llm.training.logging import RunLogger, interruptible, read_metrics
 from jaxrl_llm.types import Metrics
 
 State = TypeVar("State")
+
+
+class EarlyStopping(NamedTuple):
+    """When a run has learned enough.
+
+    Attributes:
+        metric: Metric of the evaluation, the lower the better.
+        patience: Evaluations without a new best value after which the run ends.
+        keep: `keep(state)`, called with every new best.
+    """
+
+    metric: str
+    patience: int
+    keep: Callable[[Any], None]
 
 
 def training_loop(
@@ -25,6 +39,8 @@ def training_loop(
     total_steps: int,
     label: str,
     evaluate: Callable[[State], dict[str, Any]] | None = None,
+    sample: Callable[[State, int], list[dict[str, Any]]] | None = None,
+    early_stopping: EarlyStopping | None = None,
     show: Sequence[str] = ("loss",),
 ) -> tuple[State, bool]:
     """Runs `update(state, index) -> (state, metrics)` for every index from where the run stands to `total_steps`.
@@ -39,6 +55,9 @@ def training_loop(
         total_steps: Where the run ends.
         label: What is running, for the progress line.
         evaluate: `evaluate(state) -> metrics`, called before the first step, every `eval_steps` and at the end.
+        sample: `sample(state, step) -> rows`, called where `evaluate` is; the rows go into samples.jsonl.
+        early_stopping: Ends the run when evaluations no longer improve. It goes by the metrics that are written, so a
+            resumed run ends where an uninterrupted one does.
         show: Metrics of the progress line.
 
     Returns:
@@ -57,26 +76,49 @@ def training_loop(
     ):
         for difference in logger.config_differences:
             Console().print(Text(f"Resumed with another option: {difference}", "yellow"), soft_wrap=True)
+
+        def evaluation() -> dict[str, Any]:
+            if sample is not None:
+                logger.log_samples(done, sample(state, done))
+            return {} if evaluate is None else evaluate(state)
+
         if evaluate is not None and done == 0:
-            logger.log(0, evaluate(state))
-        while done < total_steps and not interrupt.stop:
+            logger.log(0, evaluation())
+        stop = _enough(early_stopping, state, folder, keep=start is None)
+        while done < total_steps and not interrupt.stop and not stop:
             state, metrics = update(state, done)
             done += 1
             last = done == total_steps
             evaluated = evaluate is not None and (last or done % config.eval_steps == 0)
-            if evaluated and evaluate is not None:
-                metrics = metrics | evaluate(state)
+            if evaluated:
+                metrics = metrics | evaluation()
             if evaluated or last or done % config.logging_steps == 0:
                 logger.log(done, metrics)
                 progress.update(done, metrics)
+            if evaluated:
+                stop = _enough(early_stopping, state, folder)
             if last or done % config.save_steps == 0:
                 _save(folder, done, state, settings, config.save_total_limit)
                 saved = done
-        if saved < done:  # stopped by Ctrl-C, which may come at any point of the loop
+        if saved < done:  # stopped early or by Ctrl-C, which may come at any point of the loop
             _save(folder, done, state, settings, config.save_total_limit)
-    if done < total_steps:
+    if stop and early_stopping is not None:
+        print(f"Ended at step {done} of {total_steps}: no better evaluation for {early_stopping.patience} times.")
+    elif done < total_steps:
         print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
-    return state, done >= total_steps
+    return state, stop or done >= total_steps
+
+
+def _enough(early_stopping: EarlyStopping | None, state: Any, folder: Path, *, keep: bool = True) -> bool:
+    """Reads the evaluations so far; keeps the state if it is the best yet, and tells whether patience is over."""
+    if early_stopping is None:
+        return False
+    name = early_stopping.metric
+    values = [line[name] for line in read_metrics(folder) if name in line]
+    since_best = len(values) - 1 - values.index(min(values)) if values else 0
+    if since_best == 0 and keep:
+        early_stopping.keep(state)
+    return since_best >= early_stopping.patience
 
 
 def _save(folder: Path, step: int, state: Any, settings: dict[str, Any], keep: int) -> None:

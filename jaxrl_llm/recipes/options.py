@@ -62,10 +62,12 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Which model to train: a saved one, or a new GPT-2."""
+    """Which model to train: a saved one, or a new one."""
 
     model: str = ""
-    """Folder or hub id of a GPT-2 to start from; empty: a new one with random weights and the sizes below."""
+    """Folder, .gguf file or hub id of a GPT-2, Llama, Mistral or Qwen; empty: a new one of the sizes below."""
+    model_type: Literal["gpt2", "llama"] = "gpt2"
+    """Architecture of a new model."""
     tokenizer: str = "gpt2"
     """Of a new model: a folder or hub id, `gpt2` (needs no network), or `characters:abc` (a token for each of a, b, c)."""
     n_layer: int = 4

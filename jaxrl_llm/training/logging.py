@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_WRITTEN_BY_A_RUN = ("config.json", "metrics.jsonl", "events.out.tfevents.*", "checkpoints")
+_WRITTEN_BY_A_RUN = ("config.json", "metrics.jsonl", "samples.jsonl", "events.out.tfevents.*", "checkpoints")
 _STOP_MESSAGE = "\nStopping after this step, then saving. Press Ctrl-C once more to quit at once."
 
 
@@ -79,7 +79,8 @@ class RunLogger:
             _make_room(self.folder, overwrite)
         else:
             self.config_differences = _compare_with_saved(self.folder, config)
-            _cut_metrics(self.folder / "metrics.jsonl", resume_step)
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _cut_lines(self.folder / name, resume_step)
         self.folder.mkdir(parents=True, exist_ok=True)
         _replace(self.folder / "config.json", json.dumps(self.config, indent=2, ensure_ascii=False) + "\n")
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (see `close`)
@@ -111,6 +112,11 @@ class RunLogger:
             if math.isfinite(number):  # tensorboardX prints a warning for each that is not.
                 self._events.add_scalar(name, number, int(step))
 
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes texts that the model made, one line each with the step, to samples.jsonl."""
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": int(step), **row}, ensure_ascii=False) + "\n" for row in rows)
+
     def close(self) -> None:
         """Closes the files; leaving the `with` block does it."""
         self._metrics.close()
@@ -135,7 +141,7 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"There is no metrics.jsonl in {folder}: folder must be that of a run.")
-    return [record for _, record in _finished_lines(path)]
+    return [{name: _decode(value) for name, value in line.items()} for _, line in _finished_lines(path)]
 
 
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -206,20 +212,22 @@ def _compare_with_saved(folder: Path, config: Mapping[str, Any]) -> list[str]:
     return config_differences(json.loads(path.read_text("utf-8")), config) if path.is_file() else []
 
 
-def _cut_metrics(path: Path, last_step: int) -> None:
+def _cut_lines(path: Path, last_step: int) -> None:
     if path.is_file():
         lines = [line for line, record in _finished_lines(path) if record["step"] <= last_step]
         _replace(path, "".join(lines))
 
 
 def _finished_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the lines of a metrics file, as text and parsed, without an unfinished last one."""
+    """Yields the lines of a file, as text and parsed, without an unfinished last one."""
     *lines, _ = path.read_text("utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
-            record = {name: _decode(value) for name, value in json.loads(line).items()}
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"Line {number} of {path} is not a line of metrics: {line[:80]!r}.") from error
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is not a line of JSON: {line[:80]!r}.") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"Line {number} of {path} is not a line of a run: {line[:80]!r}.")
         if "step" not in record:
             raise ValueError(f"Line {number} of {path} has no step: {line[:80]!r}.")
         yield line + "\n", record

@@ -1,6 +1,7 @@
 """What the tests of language recipes share: a tiny model, files of rows, and how runs are stopped and compared."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -95,3 +96,23 @@ def sharing_programs(folder):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def renamed(config, name, **changes):
+    """The settings of a run with changes, in a folder of their own beside its folder."""
+    return dataclasses.replace(config, output_dir=str(Path(config.output_dir).with_name(name)), **changes)
+
+
+def token_log_probs(model, params, rows):
+    """Log-probability of each token but the first of each row under the model, one row at a time, in float64.
+
+    The padding to one length, behind the rows, is what no token looks at.
+    """
+    logits_of = jax.jit(lambda params, tokens: model.module.apply({"params": params}, tokens)[0])
+    everything = []
+    for ids in rows:
+        padded = np.pad(ids[:-1], (0, model.context_length + 1 - len(ids)))[None]
+        logits = np.asarray(logits_of(params, padded)[0], np.float64)[: len(ids) - 1]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        everything.append(log_probs[np.arange(len(ids) - 1), ids[1:]])
+    return everything

@@ -55,13 +55,13 @@ def test_a_completion_ends_where_the_model_has_no_more_room(model):
     prompt = [np.array(loaded.tokenizer.encode("ab"), np.int32)]
     assert [text] == complete(loaded, loaded.params, prompt, jax.random.key(0), max_new_tokens=47)
     with pytest.raises(
-        ValueError, match=r"n_positions=48 tokens, and 49 are needed: shorten the prompts, ask for fewer"
+        ValueError, match=r"context_length=48 tokens, and 49 are needed: shorten the prompts, ask for fewer"
     ):
         complete(loaded, loaded.params, prompt, jax.random.key(0), max_new_tokens=48)
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(model):
-    with pytest.raises(ValueError, match="n_positions=48 tokens, and 49 are needed: shorten the prompt"):
+    with pytest.raises(ValueError, match="context_length=48 tokens, and 49 are needed: shorten the prompt"):
         run(model, "a" * 49)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl_llm.recipes import loop
-from jaxrl_llm.recipes.loop import training_loop
+from jaxrl_llm.recipes.loop import EarlyStopping, training_loop
 from jaxrl_llm.recipes.options import RunOptions
 from jaxrl_llm.training import checkpoints
 from tests.recipes.runs import curve
@@ -167,3 +167,80 @@ def test_without_an_evaluation_nothing_is_evaluated(config):
     update = lambda state, index: (state, {"loss": state})  # noqa: E731
     training_loop(config, jnp.float32(1), update, total_steps=2, label="test")
     assert curve(config.output_dir) == [{"step": 2, "loss": 1.0}]
+
+
+def read_samples(config):
+    return [json.loads(line) for line in Path(config.output_dir, "samples.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_samples_are_written_where_evaluations_are_and_a_resumed_run_writes_each_once(config, monkeypatch):
+    def sampled(**changes):
+        return training_loop(
+            dataclasses.replace(config, **changes),
+            jnp.float32(1),
+            lambda state, index: (2 * state + index, {"loss": state}),
+            total_steps=8,
+            label="test",
+            evaluate=lambda state: {"eval_loss": state},
+            sample=lambda state, step: [{"prompt": "诗", "completion": f"{float(state):g}"}] * 2,
+        )
+
+    sampled(output_dir=config.output_dir + "-whole")
+    whole = read_samples(dataclasses.replace(config, output_dir=config.output_dir + "-whole"))
+    assert [row["step"] for row in whole] == [0, 0, 4, 4, 8, 8]
+    assert whole[-1] == {"step": 8, "prompt": "诗", "completion": f"{RESULT:g}"}
+    with monkeypatch.context() as patch:
+        log = loop.RunLogger.log
+        patch.setattr(loop.RunLogger, "log", lambda *args: (log(*args), args[1] == 6 and press_ctrl_c()))
+        sampled()
+    assert [row["step"] for row in read_samples(config)] == [0, 0, 4, 4]
+    sampled(resume=True)
+    assert read_samples(config) == whole
+
+
+def stopped_early(config, losses, kept, patience=2, **changes):
+    """The state counts steps; the loss of an evaluation is that listed for its step."""
+    return training_loop(
+        dataclasses.replace(config, eval_steps=1, save_steps=1, **changes),
+        jnp.int32(0),
+        lambda state, index: (state + 1, {"loss": state}),
+        total_steps=len(losses) - 1,
+        label="test",
+        evaluate=lambda state: {"eval_loss": losses[int(state)]},
+        early_stopping=EarlyStopping("eval_loss", patience, lambda state: kept.append(int(state))),
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "end", "best"),
+    [
+        ([5, 4, 3, 3.5, 3, 2, 1], 4, [0, 1, 2]),  # as low as the best is not lower
+        ([5, 4, 4.5, 3, 3.5, 3.2, 1], 5, [0, 1, 3]),
+        ([1, 2, 3, 0], 2, [0]),  # nothing was learned: the model of the start is the best
+        ([3, 2, 1], 2, [0, 1, 2]),
+        ([3, 2, 4, 1], 3, [0, 1, 3]),
+    ],
+)
+def test_a_run_ends_when_patience_is_over_and_every_new_best_is_kept(config, losses, end, best, capsys):
+    kept = []
+    assert stopped_early(config, losses, kept) == (end, True)
+    assert kept == best
+    assert [line["step"] for line in curve(config.output_dir)] == list(range(end + 1))
+    assert saved_steps(config)[-1] == end
+    said = f"Ended at step {end} of {len(losses) - 1}: no better evaluation for 2 times." in capsys.readouterr().out
+    assert said == (end < len(losses) - 1)
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(config, tmp_path, step, monkeypatch):
+    losses, whole = [5, 4, 3, 3.5, 3.2, 0], dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    stopped_early(whole, losses, [])
+    kept = []
+    with monkeypatch.context() as patch:
+        log = loop.RunLogger.log
+        patch.setattr(loop.RunLogger, "log", lambda *args: (log(*args), args[1] == step and press_ctrl_c()))
+        stopped_early(config, losses, kept)
+    assert stopped_early(config, losses, kept, resume=True) == (4, True)
+    assert stopped_early(config, losses, kept, resume=True) == (4, True)  # and once more changes nothing
+    assert kept == [0, 1, 2]
+    assert curve(config.output_dir) == curve(whole.output_dir)

@@ -4,7 +4,7 @@ import pytest
 
 from jaxrl_llm.recipes import quickstart
 from jaxrl_llm.recipes.options import OptimizerOptions, require, require_at_least
-from jaxrl_llm.recipes.text import dpo, generate, grpo, sft
+from jaxrl_llm.recipes.text import cpo, distill, dpo, generate, grpo, kto, orpo, pretrain, sft
 from tests.unchecked import unchecked
 
 SHARED = [
@@ -29,7 +29,7 @@ SHARED = [
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number of at least 1, got 0"),
     ({"eval_fraction": 1.0}, "eval_fraction must be between 0 and 1, got 1.0"),
 ]
-SFT = [
+OFFLINE = [
     ({"max_length": 1}, "max_length must be a whole number of at least 2, got 1"),
     ({"max_steps": -1}, "max_steps must be a whole number of at least 0, got -1"),
     ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be a whole number of at least 1, got 0"),
@@ -39,10 +39,82 @@ SFT = [
         "gradient_accumulation_steps must be a divisor of .*8.*, got 5",
     ),
 ]
+SFT = [
+    *OFFLINE,
+    ({"early_stopping_patience": -1}, "early_stopping_patience must be a whole number of at least 0, got -1"),
+    ({"num_samples": -1}, "num_samples must be a whole number of at least 0, got -1"),
+    ({"sample_tokens": 0}, "sample_tokens must be a whole number of at least 1, got 0"),
+    ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+    ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
+    ({"neftune_noise_alpha": -1.0}, "neftune_noise_alpha must be at least 0, got -1.0"),
+    ({"streaming": True}, "eval_dataset must be the source of the held-out rows where streaming is true, got ''"),
+    *(
+        ({"streaming": True, "eval_dataset": "rows.jsonl", name: True}, f"{name} must be false where streaming is true")
+        for name in ("packing", "group_by_length")
+    ),
+]
+REFERENCE = [
+    ({"ref_model_mixup_alpha": 0.0}, r"ref_model_mixup_alpha must be in \(0, 1\], got 0.0"),
+    ({"ref_model_sync_steps": 0}, "ref_model_sync_steps must be a whole number of at least 1, got 0"),
+    (
+        {"precompute_ref_log_probs": True, "sync_ref_model": True},
+        "precompute_ref_log_probs and sync_ref_model must be not both true: a reference that moves",
+    ),
+]
+BETA = ({"beta": 0.0}, "beta must be positive, got 0.0")
+SMOOTHING = ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5")
 DPO = [
-    *SFT,
-    ({"beta": 0.0}, "beta must be positive, got 0.0"),
-    ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
+    *OFFLINE,
+    *REFERENCE,
+    BETA,
+    SMOOTHING,
+    ({"loss_type": ()}, r"loss_type must be at least one type, got \(\)"),
+    ({"loss_weights": (1.0, 2.0)}, r"loss_weights must be one for each of \('sigmoid',\), got \(1.0, 2.0\)"),
+    (
+        {"loss_type": ("exo_pair",)},
+        "label_smoothing must be above 0 for exo_pair, such as 1e-3, and below 0.5, got 0.0",
+    ),
+    ({"ld_alpha": 1.5}, r"ld_alpha must be in \[0, 1\], got 1.5"),
+    (
+        {"loss_type": ("aot",), "gradient_accumulation_steps": 2},
+        "gradient_accumulation_steps must be 1 for aot and aot_unpaired, which sort the whole batch, got 2",
+    ),
+    ({"loss_type": ("aot_unpaired",), "use_weighting": True}, "use_weighting must be false for aot and aot_unpaired"),
+    ({"loss_type": ("aot", "sft")}, r"loss_type must be without sft beside aot and aot_unpaired, got \('aot', 'sft'\)"),
+    *(
+        (
+            {"reference_free": True, name: True},
+            "reference_free must be false with precompute_ref_log_probs and sync_ref",
+        )
+        for name in ("precompute_ref_log_probs", "sync_ref_model")
+    ),
+]
+KTO = [
+    *OFFLINE,
+    *REFERENCE,
+    BETA,
+    ({"desirable_weight": 0.0}, "desirable_weight must be positive, got 0.0"),
+    ({"undesirable_weight": -1.0}, "undesirable_weight must be positive, got -1.0"),
+]
+ORPO = [*OFFLINE, BETA]
+CPO = [
+    *OFFLINE,
+    BETA,
+    SMOOTHING,
+    ({"simpo_gamma": -1.0}, "simpo_gamma must be at least 0, got -1.0"),
+    ({"cpo_alpha": -1.0}, "cpo_alpha must be at least 0, got -1.0"),
+]
+DISTILL = [
+    *OFFLINE,
+    ({"teacher": ""}, "teacher must be the folder or hub id of a model, got ''"),
+    ({"beta": 1.5}, r"beta must be in \[0, 1\], got 1.5"),
+    ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+]
+PRETRAIN = [
+    *OFFLINE,
+    ({"z_loss": -1.0}, "z_loss must be at least 0, got -1.0"),
+    ({"tokenizer": "bpe:256"}, "tokenizer must be `bpe:` and the number of its tokens, at least 257, got 'bpe:256'"),
+    ({"tokenizer": "bpe:many"}, "tokenizer must be `bpe:` and the number of its tokens, at least 257, got 'bpe:many'"),
 ]
 GRPO = [
     ({"num_generations": 1}, "num_generations must be a whole number of at least 2, got 1"),
@@ -82,6 +154,11 @@ GENERATE = [
 RECIPES = {
     "sft": (sft, {}, SHARED + SFT),
     "dpo": (dpo, {"dataset": "pairs.jsonl"}, SHARED + DPO),
+    "kto": (kto, {"dataset": "labelled.jsonl"}, SHARED + KTO),
+    "orpo": (orpo, {"dataset": "pairs.jsonl"}, SHARED + ORPO),
+    "cpo": (cpo, {"dataset": "pairs.jsonl"}, SHARED + CPO),
+    "distill": (distill, {"dataset": "rows.jsonl", "teacher": "a"}, SHARED + DISTILL),
+    "pretrain": (pretrain, {"dataset": "text.txt"}, SHARED + PRETRAIN),
     "grpo": (grpo, {}, SHARED + GRPO),
     "quickstart": (quickstart, {}, QUICKSTART),
     "generate": (generate, {"model": "a", "prompt": ("b",)}, GENERATE),
@@ -96,7 +173,7 @@ def test_a_wrong_setting_is_refused_by_name_before_anything_is_loaded(recipe, se
         module.run(module.Config(**needed | settings))
 
 
-@pytest.mark.parametrize("recipe", ["sft", "dpo", "grpo", "quickstart"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "generate"])
 def test_the_defaults_are_valid(recipe):
     module, needed, _ = RECIPES[recipe]
     module.validate(module.Config(**needed))

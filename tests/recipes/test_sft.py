@@ -17,8 +17,9 @@ import pytest
 from jaxrl_llm import cli
 from jaxrl_llm.data import (
     SupervisedExample,
-    collate_sft,
+    batch_indices,
     load_tokenizer,
+    pack_rows,
     split_indices,
     supervised_example,
     tokenize_sft,
@@ -34,6 +35,8 @@ from tests.recipes.runs import (
     assert_same_run,
     curve,
     press_ctrl_c_after,
+    renamed,
+    token_log_probs,
     words,
     write_rows,
 )
@@ -182,7 +185,7 @@ def test_prompts_and_padding_are_no_targets(blind, completion_only, changes):
     def loss(prompt, pad_id, completion="12"):
         example = SupervisedExample(prompt, completion)
         row = tokenize_sft(example, blind.tokenizer, max_length=99, completion_only_loss=completion_only)
-        batch = sft.Batch(*map(jnp.asarray, collate_sft([row], pad_id=pad_id, length=12)))
+        batch = sft.collate(pad_id, [row], 12)
         return float(
             loss_fn(blind.params, batch._replace(weights=sft.batch_weights(batch, None)), jax.random.key(0))[0]
         )
@@ -192,24 +195,169 @@ def test_prompts_and_padding_are_no_targets(blind, completion_only, changes):
     assert loss("3+9=", 0, "12") != loss("3+9=", 0, "13")
 
 
-def test_accumulating_gradients_over_micro_batches_changes_nothing(tuned, tmp_path):
-    once = dataclasses.replace(
-        tuned[0],
-        output_dir=str(tmp_path / "once"),
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run in which each batch holds all rows, of 4 to 12 tokens, with held-out rows from a file of their own."""
+    folder = tmp_path_factory.mktemp("plain")
+    rows = [{"prompt": f"{a}=", "completion": str(a) * (1 + b)} for a in range(4) for b in range(9)]
+    held_out = [{"prompt": f"{a}=", "completion": f"{a}{a}8"} for a in range(4)]
+    config = sft.Config(
+        **TINY,
+        output_dir=str(folder / "whole"),
+        dataset=write_rows(folder / "train.jsonl", rows),
+        eval_dataset=write_rows(folder / "held_out.jsonl", held_out),
+        max_length=12,
+        per_device_train_batch_size=36,
         optim="sgd",
         learning_rate=0.5,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
         max_steps=6,
-        warmup_steps=1,
         logging_steps=1,
-        eval_exact_match=False,
+        eval_steps=3,
+        save_steps=2,
+        num_samples=0,
     )
-    in_parts = dataclasses.replace(once, output_dir=str(tmp_path / "in_parts"), gradient_accumulation_steps=4)
-    sft.run(once)
+    return config, sft.run(config)
+
+
+def test_accumulating_gradients_over_micro_batches_changes_nothing(plain):
+    whole, _ = plain
+    in_parts = renamed(whole, "in_parts", gradient_accumulation_steps=4)
     sft.run(in_parts)
-    assert_close_weights(once.output_dir, in_parts.output_dir, atol=1e-6)
-    for line, other in zip(curve(once.output_dir), curve(in_parts.output_dir), strict=True):
+    assert_close_weights(whole.output_dir, in_parts.output_dir, atol=1e-6)
+    for line, other in zip(curve(whole.output_dir), curve(in_parts.output_dir), strict=True):
         assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
-    assert curve(once.output_dir)[-1]["loss"] < curve(once.output_dir)[1]["loss"] - 0.1
+    assert curve(whole.output_dir)[-1]["loss"] < curve(whole.output_dir)[1]["loss"] - 0.1
+
+
+def test_packing_changes_nothing_but_the_number_of_rows(plain):
+    whole, _ = plain
+    packs = pack_rows(sft.load_data(whole, load_model(whole, jax.random.key(0))).train, 12)
+    assert len(packs) < 30
+    packed = renamed(whole, "packed", packing=True, per_device_train_batch_size=len(packs))
+    sft.run(packed)
+    assert_close_weights(whole.output_dir, packed.output_dir, atol=1e-6)
+    for line, other in zip(curve(whole.output_dir), curve(packed.output_dir), strict=True):
+        assert line == pytest.approx(other, rel=1e-5, abs=1e-6)
+
+
+@pytest.fixture
+def task_of(plain, monkeypatch):
+    """Makes the task of a run without training, and its model."""
+
+    def make(**changes):
+        found = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sft, "train_offline", lambda config, model, task: found.append((task, model)) or (None, {}))
+            sft.run(dataclasses.replace(plain[0], **changes))
+        return found[0]
+
+    return make
+
+
+@pytest.mark.parametrize(("strategy", "lost"), [("bfd", True), ("bfd_split", False), ("wrapped", False)])
+def test_rows_longer_than_a_pack_are_cut_or_go_on_in_another(task_of, tmp_path, strategy, lost):
+    rows = [{"text": text} for text in ("0123456789" * 2, "55", "678")]
+    dataset = write_rows(tmp_path / "rows.jsonl", rows)
+    task, model = task_of(dataset=dataset, packing=True, packing_strategy=strategy, max_length=8)
+    assert max(len(row.ids) for row in task.train) <= 8
+    texts = model.tokenizer.decode([token for row in task.train for token in row.ids], skip_special_tokens=True)
+    assert sorted(texts) == sorted("01234567" + "55678" if lost else "0123456789" * 2 + "55678")
+
+
+def streamed_rows(folder):
+    """More rows than a batch has, one of them exactly as long as the model reads."""
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(b) * (1 + a % 7)} for a in range(10) for b in range(6)]
+    return write_rows(folder / "many.jsonl", rows)
+
+
+def test_a_streamed_run_is_the_run_in_memory_and_resumes_exactly(plain, tmp_path, monkeypatch):
+    memory = renamed(plain[0], "memory", dataset=streamed_rows(tmp_path))
+    streamed = dataclasses.replace(memory, output_dir=str(tmp_path / "streamed"), streaming=True)
+    sft.run(memory)
+    sft.run(streamed)
+    assert_close_weights(memory.output_dir, streamed.output_dir, atol=1e-6)
+    for line, other in zip(curve(memory.output_dir), curve(streamed.output_dir), strict=True):
+        assert line | {"num_rows_without_targets": 0} == pytest.approx(
+            {"num_rows_without_targets": 0} | other, rel=1e-6
+        )
+    cut = dataclasses.replace(streamed, output_dir=str(tmp_path / "cut"))
+    with monkeypatch.context() as patch:
+        press_ctrl_c_after(patch, step=3)
+        sft.run(cut)
+    sft.run(dataclasses.replace(cut, resume=True))
+    assert_same_run(streamed.output_dir, cut.output_dir)
+
+
+def test_streaming_reads_and_tokenizes_no_row_before_its_turn_and_counts_rows_without_targets(plain, tmp_path):
+    path = Path(streamed_rows(tmp_path))
+    lines = path.read_text().splitlines()
+    batches = [set(batch_indices(60, 36, seed=0, step=step).tolist()) for step in range(3)]
+    first, second = min(batches[0] - batches[1]), min(batches[1] - batches[0])
+    lines[first] = json.dumps({"prompt": "1" * 12, "completion": "2"})
+    lines[second] = json.dumps({"prompt": "1+1="})
+    path.write_text("\n".join(lines))
+    config = renamed(plain[0], "counted", dataset=str(path), streaming=True, max_steps=3)
+    with pytest.raises(ValueError, match=rf"many.jsonl, line {second + 1}: field `completion` is missing"):
+        sft.run(config)
+    (before, after) = curve(config.output_dir)
+    assert "num_rows_without_targets" not in before
+    assert (after["step"], after["num_rows_without_targets"]) == (1, 1)
+    data = [json.loads(lines[i])["completion"] for i in sorted(batches[0] - {first})]
+    assert after["num_tokens"] == sum(len(completion) + 1 for completion in data)
+
+
+def test_noise_on_the_embeddings_changes_training_and_no_evaluation(task_of):
+    (task, model), (noisy, _) = task_of(), task_of(neftune_noise_alpha=5.0)
+    batch = task.collate(task.train, 12)
+    batch = batch._replace(weights=sft.batch_weights(batch, None))
+
+    @jax.jit
+    def losses(params, key):
+        fns = task.loss_fn, noisy.loss_fn, task.evaluation_loss_fn, noisy.evaluation_loss_fn
+        return [loss_fn(params, batch, key)[0] for loss_fn in fns]
+
+    (quiet, one, *evaluations), (_, other, *_) = (losses(model.params, jax.random.key(seed)) for seed in (0, 1))
+    assert len({float(quiet), float(one), float(other)}) == 3
+    np.testing.assert_array_equal(evaluations, quiet)
+
+
+def test_dynamic_fine_tuning_weighs_tokens_by_their_probability_and_is_evaluated_by_likelihood(task_of):
+    task, model = task_of(loss_type="dft")
+    batch = task.collate(task.train, 12)
+    loss_fn, evaluation = (jax.jit(fn) for fn in (task.loss_fn, task.evaluation_loss_fn))
+    learned = np.concatenate([row.loss_mask[1:] for row in task.train])
+    log_probs = np.concatenate(token_log_probs(model, model.params, [row.ids for row in task.train]))[learned]
+    loss, metrics = loss_fn(model.params, batch, jax.random.key(0))
+    assert float(loss) == pytest.approx(-(np.exp(log_probs) * log_probs).mean(), rel=1e-5)
+    assert float(metrics["nll"]) == pytest.approx(-log_probs.mean(), rel=1e-5)
+    assert float(evaluation(model.params, batch, jax.random.key(0))[0]) == pytest.approx(-log_probs.mean(), rel=1e-5)
+
+
+CHAT = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+CHAT = [*CHAT, {"role": "assistant", "content": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "trained"),
+    [
+        ({"messages": CHAT}, {}, "2<eos>4<eos>"),
+        ({"messages": CHAT}, {"assistant_only_loss": False}, "all"),
+        ({"prompt": CHAT[:3], "completion": CHAT[3:]}, {}, "4<eos>"),
+        ({"prompt": "1+1=", "completion": "2"}, {}, "2<eos>"),
+        ({"prompt": "1+1=", "completion": "2"}, {"completion_only_loss": False}, "all"),
+    ],
+)
+def test_what_is_learned_of_a_row_is_what_the_settings_say(task_of, tmp_path, row, settings, trained):
+    alphabet = "characters:0123456789+=# :UserAssistant\n"
+    path = write_rows(tmp_path / "rows.jsonl", [row] * 2)
+    task, model = task_of(
+        dataset=path, eval_dataset=path, tokenizer=alphabet, max_length=99, n_positions=99, **settings
+    )
+    row = task.train[0]
+    expected = model.tokenizer.decode(row.ids[1:]) if trained == "all" else trained
+    assert model.tokenizer.decode(row.ids[row.loss_mask]) == expected
 
 
 def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
@@ -280,6 +428,7 @@ def test_chinese_goes_through_gpt2s_bpe_into_a_model_and_back(tmp_path, capsys):
         warmup_steps=2,
         learning_rate=0.02,
         per_device_train_batch_size=4,
+        num_samples=0,
     )
     cli.main(["sft", *options])
     cli.main(["generate", "--model", f"{tmp_path}/run/model", "--instruction", "--prompt", "床前明月光"])
@@ -290,13 +439,15 @@ def test_chinese_goes_through_gpt2s_bpe_into_a_model_and_back(tmp_path, capsys):
 def test_exact_match_of_rows_that_ask_for_no_single_text_is_refused(tmp_path, row):
     path = write_rows(tmp_path / "rows.jsonl", [FORMATS["instruction"][0], row])
     config = sft.Config(**TINY, dataset=path, eval_exact_match=True)
-    with pytest.raises(ValueError, match=r"eval_exact_match needs .*; row 2 is a conversation or plain text"):
+    with pytest.raises(ValueError, match=r"eval_exact_match needs .*; .*line 2 is a conversation or plain text"):
         sft.run(config)
 
 
 def test_rows_longer_than_the_model_reads_are_refused_with_a_cure(tuned, tmp_path):
     config = dataclasses.replace(tuned[0], output_dir=str(tmp_path / "run"), n_positions=4)
-    with pytest.raises(ValueError, match=r"n_positions=4 tokens, and 6 are needed: lower max_length, or give .*more"):
+    with pytest.raises(
+        ValueError, match=r"context_length=4 tokens, and 6 are needed: lower max_length, or give .*more"
+    ):
         sft.run(config)
     assert not (tmp_path / "run").exists()
 

@@ -273,3 +273,26 @@ def test_an_error_inside_the_run_still_closes_its_files(tmp_path):
     assert math.isnan(read_metrics(tmp_path)[0]["loss"])
     with pytest.raises(ValueError, match="closed file"):
         logger.log(2, {"loss": 1.0})
+
+
+def test_samples_are_lines_of_json_with_their_step_in_any_language(tmp_path):
+    with RunLogger(tmp_path, config={}) as logger:
+        logger.log_samples(0, [])
+        assert (tmp_path / "samples.jsonl").read_text() == ""
+        logger.log_samples(10, [{"prompt": "床前明月光", "completion": "a\nb"}, {"prompt": "", "completion": ""}])
+        logger.log_samples(20, [{"prompt": "x", "completion": "y"}])
+    text = (tmp_path / "samples.jsonl").read_text("utf-8")
+    assert text.splitlines()[0] == '{"step": 10, "prompt": "床前明月光", "completion": "a\\nb"}'
+    assert [json.loads(line)["step"] for line in text.splitlines()] == [10, 10, 20]
+
+
+def test_a_resumed_run_drops_samples_later_than_its_checkpoint_and_a_new_one_all(tmp_path):
+    with RunLogger(tmp_path, config={}) as logger:
+        for step in (0, 10, 20):
+            logger.log_samples(step, [{"completion": str(step)}])
+    with RunLogger(tmp_path, config={}, resume_step=10):
+        pass
+    assert [json.loads(line)["step"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()] == [0, 10]
+    with RunLogger(tmp_path, config={}, overwrite=True):
+        pass
+    assert not (tmp_path / "samples.jsonl").exists()

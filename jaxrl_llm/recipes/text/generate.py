@@ -64,7 +64,7 @@ def run(config: Config) -> list[str]:
         model.params,
         [np.asarray(ids) for ids in tokens for _ in range(config.num_generations)],
         key,
-        max_new_tokens=min(config.max_new_tokens, model.module.config.n_positions - longest + 1),
+        max_new_tokens=min(config.max_new_tokens, model.context_length - longest + 1),
         temperature=config.temperature,
         top_p=config.top_p,
     )

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.data.sums import ALPHABET
 from jaxrl_llm.data.tokenizers import Tokenizer
-from jaxrl_llm.models import GPT2, GPT2Config, from_pretrained, head_kernel
+from jaxrl_llm.models import GPT2, Decoder, GPT2Config, Llama, LlamaConfig, ScalarHead, from_pretrained, head_kernel
 from jaxrl_llm.recipes.options import ModelOptions
 from jaxrl_llm.rollouts import generate
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
@@ -34,7 +34,7 @@ CHARACTERS = "characters:"
 class LanguageModel(NamedTuple):
     """A model with its parameters and its tokenizer."""
 
-    module: GPT2
+    module: Decoder | ScalarHead
     params: Params
     tokenizer: Tokenizer
 
@@ -54,13 +54,24 @@ class LanguageModel(NamedTuple):
         return padding_id(self.tokenizer)
 
     @property
+    def context_length(self) -> int:
+        """Tokens that the model reads at most."""
+        decoder = self.module.backbone if isinstance(self.module, ScalarHead) else self.module
+        return decoder.config.context_length
+
+    @property
     def num_params(self) -> int:
         """Number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
-def load_model(options: ModelOptions, key: Key) -> LanguageModel:
-    """Loads the model that the options name, or makes a new one.
+def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
+    """Loads the model that the options name (a folder, a GGUF file, a hub id), or makes a new one.
+
+    Args:
+        options: Which model.
+        key: Key of new parameters.
+        tokenizer: Of a new model, instead of the one that the options name.
 
     Raises:
         ValueError: If a saved model comes without a tokenizer.
@@ -69,42 +80,61 @@ def load_model(options: ModelOptions, key: Key) -> LanguageModel:
         module, params, tokenizer = from_pretrained(options.model)
         if tokenizer is None:
             raise ValueError(f"model={options.model!r} holds no tokenizer files; save them into the same folder.")
-        config = module.config
     else:
-        tokenizer, params = _tokenizer(options.tokenizer), None
-        config = GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=options.n_positions,
-            n_embd=options.n_embd,
-            n_layer=options.n_layer,
-            n_head=options.n_head,
-            initializer_range=options.initializer_range,
-            tie_word_embeddings=options.tie_word_embeddings,
-            bos_token_id=tokenizer.eos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    rates = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), options.dropout)
-    module = GPT2(dataclasses.replace(config, **rates, dtype=jnp.dtype(options.dtype), remat=options.remat))
+        tokenizer = _tokenizer(options.tokenizer) if tokenizer is None else tokenizer
+        params = None
+        module = _new_module(options, tokenizer)
+    config = module.config.with_dropout(options.dropout)
+    module = module.clone(config=dataclasses.replace(config, dtype=jnp.dtype(options.dtype), remat=options.remat))
     if params is None:
         params = jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return LanguageModel(module, params, tokenizer)
+
+
+def _new_module(options: ModelOptions, tokenizer: Tokenizer) -> Decoder:
+    shared: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "initializer_range": options.initializer_range,
+        "tie_word_embeddings": options.tie_word_embeddings,
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if options.model_type == "gpt2":
+        sizes = {name: getattr(options, name) for name in ("n_layer", "n_head", "n_embd", "n_positions")}
+        return GPT2(GPT2Config(**shared, **sizes))
+    return Llama(
+        LlamaConfig(
+            **shared,
+            hidden_size=options.n_embd,
+            # Three matrices of 8/3 the width have the parameters of GPT-2's two of 4 times the width.
+            intermediate_size=-(-options.n_embd // 3) * 8,
+            num_hidden_layers=options.n_layer,
+            num_attention_heads=options.n_head,
+            max_position_embeddings=options.n_positions,
+        )
+    )
 
 
 def _tokenizer(name: str) -> Tokenizer:
     return character_tokenizer(name.removeprefix(CHARACTERS)) if name.startswith(CHARACTERS) else load_tokenizer(name)
 
 
-def load_rows(dataset: str, split: str = "train") -> list[Row]:
-    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`.
-
-    Raises:
-        ValueError: If there is one row alone, so that none could be held out.
-    """
+def read_dataset(dataset: str, split: str = "train") -> list[Row]:
+    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`."""
     if dataset == "wordnet":
         return as_rows(wordnet_definitions(), dataset)
     if dataset == "sums":
         return as_rows(one_digit_sums(operators="+-"), dataset)
-    rows = read_rows(dataset, split=split)
+    return read_rows(dataset, split=split)
+
+
+def load_rows(dataset: str, split: str = "train") -> list[Row]:
+    """Reads a dataset of which a part is held out.
+
+    Raises:
+        ValueError: If there is one row alone, so that none could be held out.
+    """
+    rows = read_dataset(dataset, split)
     if len(rows) < 2:
         raise ValueError(f"{dataset} has one row; at least 2 are needed, for one is held out for evaluation.")
     return rows
@@ -112,9 +142,9 @@ def load_rows(dataset: str, split: str = "train") -> list[Row]:
 
 def require_room(model: LanguageModel, tokens: int, cure: str) -> None:
     """Raises a `ValueError` with the cure if the model reads fewer than `tokens` tokens."""
-    positions = model.module.config.n_positions
+    positions = model.context_length
     if tokens > positions:
-        raise ValueError(f"The model reads n_positions={positions} tokens, and {tokens} are needed: {cure}.")
+        raise ValueError(f"The model reads context_length={positions} tokens, and {tokens} are needed: {cure}.")
 
 
 SUMS_TOKENIZER = CHARACTERS + ALPHABET
@@ -149,7 +179,7 @@ def complete(
     """
     longest = max(map(len, prompts))
     # The model reads all but the last token that it writes. Lengths are rounded up where there is room.
-    room = model.module.config.n_positions - (max_new_tokens - 1)
+    room = model.context_length - (max_new_tokens - 1)
     cure = "shorten the prompts, ask for fewer tokens, or give a new model more n_positions"
     require_room(model, longest + max_new_tokens - 1, cure)
     length = max(longest, min(-(-longest // 8) * 8, room))

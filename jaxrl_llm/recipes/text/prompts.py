@@ -62,7 +62,7 @@ def make_prompt_table(
         elif all(isinstance(value, bool | int | float) for value in values):
             arrays[name] = np.asarray(values)
     length = -(-max(len(ids) for ids in tokenized.rows) // 8) * 8
-    return PromptTable(tokenized.rows, [_plain(example.prompt) for example in kept], columns, arrays, length)
+    return PromptTable(tokenized.rows, [plain_prompt(example.prompt) for example in kept], columns, arrays, length)
 
 
 def _text_arrays(name: str, values: Sequence[str], model: LanguageModel) -> dict[str, np.ndarray]:
@@ -73,7 +73,7 @@ def _text_arrays(name: str, values: Sequence[str], model: LanguageModel) -> dict
     return {f"{name}_ids": ids, f"{name}_mask": mask}
 
 
-def _plain(prompt: Any) -> Any:
+def plain_prompt(prompt: Any) -> Any:
     """Gives a reward what TRL would: a string, or a list of message dicts."""
     if isinstance(prompt, tuple):
         return [message._asdict() for message in prompt]

@@ -1,0 +1,237 @@
+"""Kahneman-Tversky optimization (KTO): learn from single responses that are labelled good or bad.
+
+    jaxrl-llm kto --model my/gpt2 --dataset labelled.jsonl --output-dir runs/kto
+
+Rows have `prompt`, `completion` and `label` (true or false); a row with `prompt`, `chosen` and `rejected` gives two. The
+reference is the model as it was at the start. Its distance, the reference point of the loss, is estimated on prompts
+with the completion of another row.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxrl_llm.data import (
+    TokenBatch,
+    UnpairedTokens,
+    collate_unpaired,
+    rotate_completions,
+    tokenize_unpaired_rows,
+    unpaired_examples,
+)
+from jaxrl_llm.losses import kto_kl, kto_loss, sequence_log_probs, unpaired_weights
+from jaxrl_llm.losses.unpaired import KTOLossType, UnpairedWeights
+from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.progress import facts
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
+from jaxrl_llm.recipes.text.offline import (
+    OfflineOptions,
+    ReferenceOptions,
+    Task,
+    load_splits,
+    real_rows,
+    report,
+    run_keys,
+    targets,
+    train_offline,
+)
+from jaxrl_llm.rollouts import score_tokens
+from jaxrl_llm.types import Key, Metrics, Params, Scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(OfflineOptions, ReferenceOptions):
+    """Settings of Kahneman-Tversky optimization."""
+
+    output_dir: str = "runs/kto"
+    """Folder for metrics, checkpoints and the trained model."""
+    dataset: str
+    """A .json, .jsonl or .parquet file, or the name of a dataset, with `prompt`, `completion` and `label`."""
+    beta: float = 0.1
+    """Strength of the pull to the reference: the larger, the closer the model stays to where it began."""
+    loss_type: KTOLossType = "kto"
+    """kto, or apo_zero_unpaired, which has no reference point to estimate."""
+    desirable_weight: float = 1.0
+    """Weight of the desirable responses."""
+    undesirable_weight: float = 1.0
+    """Weight of the undesirable ones; choose the two so that both classes weigh about the same."""
+    learning_rate: float = 1e-6
+    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need more."""
+    per_device_train_batch_size: int = 16
+    """Responses of a step."""
+
+
+class LabelledRow(NamedTuple):
+    """A response, and its prompt with the response of another row."""
+
+    row: UnpairedTokens
+    mismatched: UnpairedTokens
+
+
+class LogProbs(NamedTuple):
+    """Log-probabilities, summed over tokens, of the responses and, for `kto`, of the mismatched ones."""
+
+    responses: Float[Array, " batch"]
+    mismatched: Float[Array, " batch"] | None
+
+
+class Batch(NamedTuple):
+    """Labelled responses, with what the reference thinks of them and the reference point of the whole batch."""
+
+    completions: TokenBatch
+    labels: Bool[Array, " batch"]
+    mismatched: TokenBatch
+    real: Bool[Array, " batch"]
+    reference: LogProbs | None = None
+    kl: Float[Array, " batch"] | None = None
+    weights: UnpairedWeights | None = None
+
+
+def validate(config: Config) -> None:
+    """Checks the values of the settings.
+
+    Raises:
+        ValueError: Naming the setting, what came and what was meant.
+    """
+    config.validate_offline()
+    config.validate_reference()
+    for name in ("beta", "desirable_weight", "undesirable_weight"):
+        require(name, getattr(config, name), "positive", lambda value: value > 0)
+
+
+def make_score(model: LanguageModel, config: Config):
+    """Makes `score(params, batch, key=None) -> [batch]`, the summed log-probability of each completion."""
+
+    def score(params: Params, batch: TokenBatch, key: Key | None = None) -> Float[Array, " batch"]:
+        statistics = score_tokens(
+            model.apply,
+            model.head_kernel,
+            params,
+            jnp.asarray(batch.tokens),
+            jnp.asarray(batch.mask),
+            chunk_size=config.chunk_size,
+            dropout_key=key if config.dropout > 0 else None,
+        )
+        return sequence_log_probs(statistics.log_probs, targets(batch))
+
+    return score
+
+
+def make_reference(model: LanguageModel, config: Config):
+    """Makes `reference_fn(params, batch) -> LogProbs`."""
+    score = make_score(model, config)
+
+    def reference_fn(params: Params, batch: Batch) -> LogProbs:
+        mismatched = score(params, batch.mismatched) if config.loss_type == "kto" else None
+        return LogProbs(score(params, batch.completions), mismatched)
+
+    return reference_fn
+
+
+def make_reference_point(model: LanguageModel, config: Config):
+    """Makes `prepare(params, batch) -> batch`, which adds the reference point of the whole batch."""
+    score = make_score(model, config)
+
+    def prepare(params: Params, batch: Batch) -> Batch:
+        assert batch.reference is not None
+        assert batch.reference.mismatched is not None
+        kl = kto_kl(score(params, batch.mismatched), batch.reference.mismatched, mask=batch.real)
+        return batch._replace(kl=jnp.broadcast_to(kl, batch.real.shape))
+
+    return prepare
+
+
+def make_loss(model: LanguageModel, config: Config):
+    """Makes `loss_fn(params, batch, key)`."""
+    score = make_score(model, config)
+
+    def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[Scalar, Metrics]:
+        assert batch.reference is not None
+        weights = batch_weights(batch) if batch.weights is None else batch.weights
+        kl = jnp.zeros(()) if batch.kl is None else batch.kl[0]
+        loss, metrics = kto_loss(
+            score(params, batch.completions, key),
+            batch.reference.responses,
+            batch.labels,
+            beta=config.beta,
+            kl=kl,
+            loss_type=config.loss_type,
+            desirable_weight=config.desirable_weight,
+            undesirable_weight=config.undesirable_weight,
+            weights=weights,
+        )
+        return loss, metrics | {"kl": kl * weights.rows.sum()}
+
+    return loss_fn
+
+
+def batch_weights(batch: Batch, axis_name: str | None = None) -> UnpairedWeights:
+    """Makes the weights of a whole batch."""
+    return unpaired_weights(batch.labels, mask=batch.real, axis_name=axis_name)
+
+
+def collate(pad_id: int, rows: Sequence[LabelledRow], length: int) -> Batch:
+    """Makes a batch of labelled responses."""
+    batch = collate_unpaired([row.row for row in rows], pad_id=pad_id, length=length)
+    mismatched = collate_unpaired([row.mismatched for row in rows], pad_id=pad_id, length=length)
+    return Batch(batch.completions, jnp.asarray(batch.labels), mismatched.completions, real_rows(rows))
+
+
+def row_length(row: LabelledRow) -> int:
+    """Tokens of the longer of both texts."""
+    return max(len(text.prompt_ids) + len(text.completion_ids) for text in row)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, evaluates and saves; returns the figures of the run.
+
+    Returns:
+        `eval_loss`, `eval_rewards/margins` and the other metrics on the held-out rows (with z₀ of each batch of them);
+        of a complete run `model` (folder of the trained model).
+
+    Raises:
+        ValueError: If a setting or a row of the data is wrong.
+    """
+    validate(config)
+    model = load_model(config, run_keys(config.seed)[0])
+    parts = load_splits(config, unpaired_examples)
+    train, held_out = (
+        # The desirable first: neighbours, which lend one another their completions, then have different prompts.
+        tokenize_unpaired_rows(
+            sorted(chain(*examples), key=lambda example: not example.label),
+            model.tokenizer,
+            max_length=config.max_length,
+        )
+        for examples in parts
+    )
+    report("KTO", config, model, train, held_out)
+    quiet = dataclasses.replace(config, dropout=0.0)
+
+    estimates_kl = config.loss_type == "kto"
+
+    def with_mismatched(rows: Sequence[UnpairedTokens]) -> list[LabelledRow]:
+        others = rotate_completions(rows, max_length=config.max_length) if estimates_kl else rows
+        return list(map(LabelledRow, rows, others))
+
+    task = Task(
+        label="kto",
+        train=with_mismatched(train.rows),
+        held_out=with_mismatched(held_out.rows),
+        length=row_length,
+        collate=partial(collate, model.pad_id),
+        loss_fn=make_loss(model, config),
+        evaluation_loss_fn=make_loss(model, quiet),
+        weights_fn=batch_weights,
+        reference_fn=make_reference(model, quiet),
+        prepare=make_reference_point(model, quiet) if estimates_kl else None,
+        prompts=[row.prompt_ids for row in held_out.rows],
+        show=("loss", "eval_loss", "rewards/margins", "kl"),
+    )
+    _, figures = train_offline(config, model, task, reference=config)
+    facts("Result", figures)
+    return figures

@@ -1,0 +1,420 @@
+"""The run of every recipe that learns from rows of text alone, without sampling or rewards.
+
+A recipe brings a `Task`: its rows, how they become a batch, a loss, and the weights of the loss. The rest is the same for
+all: shuffled batches of fixed shape, a reference policy where one is needed, evaluation on held-out rows, samples,
+checkpoints, early stopping, and the saved model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from jaxrl_llm.data import (
+    LazySequence,
+    Row,
+    SupervisedExample,
+    TokenBatch,
+    batch_indices,
+    bucket_length,
+    split_indices,
+    tokenize_prompt,
+)
+from jaxrl_llm.data.examples import Prompt
+from jaxrl_llm.data.tokenizers import Tokenizer
+from jaxrl_llm.models import from_pretrained, save_pretrained
+from jaxrl_llm.recipes.loop import EarlyStopping, training_loop
+from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
+from jaxrl_llm.recipes.progress import facts
+from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_rows, require_room
+from jaxrl_llm.reductions import combine_metrics
+from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
+from jaxrl_llm.training.step import LossFunction, WeightsFunction
+from jaxrl_llm.types import Key, Metrics, Params, Scalar
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineOptions(RunOptions, ModelOptions, OptimizerOptions):
+    """Settings of a run on rows."""
+
+    dataset: str
+    """A .json, .jsonl or .parquet file, or the name of a dataset."""
+    eval_dataset: str = ""
+    """Held-out rows from a source of their own; empty: eval_fraction of the dataset."""
+    split: str = "train"
+    """Split of a dataset that has several."""
+    eval_fraction: float = 0.1
+    """Share of the rows that is held out for evaluation, where eval_dataset is empty."""
+    max_length: int = 256
+    """Tokens after which a row is cut."""
+    per_device_train_batch_size: int = 32
+    """Rows of a step."""
+    num_train_epochs: float = 1.0
+    """Passes over the training rows, unless max_steps says otherwise."""
+    max_steps: int = 0
+    """Steps of the run; 0: as many as the epochs have."""
+    group_by_length: bool = False
+    """Batch rows of like length, padded to one of a few lengths: less padding, a few more programs to compile."""
+    early_stopping_patience: int = 0
+    """Evaluations without a lower eval_loss after which the run ends, and keeps the best model; 0: never."""
+    num_samples: int = 3
+    """Held-out prompts that are completed at every evaluation, into samples.jsonl; 0: none."""
+    sample_tokens: int = 40
+    """Longest of these completions, in tokens."""
+
+    def validate_offline(self) -> None:
+        """Checks the values."""
+        self.validate_run()
+        self.validate_model()
+        self.validate_optimizer()
+        size = self.per_device_train_batch_size
+        require_at_least(2, max_length=self.max_length)
+        require_at_least(1, per_device_train_batch_size=size, sample_tokens=self.sample_tokens)
+        patience = self.early_stopping_patience
+        require_at_least(0, max_steps=self.max_steps, early_stopping_patience=patience, num_samples=self.num_samples)
+        require("eval_fraction", self.eval_fraction, "between 0 and 1", lambda share: 0 < share < 1)
+        require("num_train_epochs", self.num_train_epochs, "positive", lambda epochs: epochs > 0)
+        parts, meant = self.gradient_accumulation_steps, f"a divisor of per_device_train_batch_size={size}"
+        require("gradient_accumulation_steps", parts, meant, lambda k: size % k == 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferenceOptions:
+    """Settings of the policy that a preference loss compares with: the model as it was at the start."""
+
+    precompute_ref_log_probs: bool = False
+    """Score all rows by the reference before training, and free its memory."""
+    sync_ref_model: bool = False
+    """Let the reference follow the model (TR-DPO)."""
+    ref_model_mixup_alpha: float = 0.6
+    """Share of the model in the reference at each of its updates."""
+    ref_model_sync_steps: int = 512
+    """Steps between two updates of the reference."""
+
+    def validate_reference(self) -> None:
+        """Checks the values."""
+        require("ref_model_mixup_alpha", self.ref_model_mixup_alpha, "in (0, 1]", lambda share: 0 < share <= 1)
+        require_at_least(1, ref_model_sync_steps=self.ref_model_sync_steps)
+        both = self.precompute_ref_log_probs, self.sync_ref_model
+        meant = "not both true: a reference that moves cannot be scored beforehand"
+        require("precompute_ref_log_probs and sync_ref_model", both, meant, lambda pair: not all(pair))
+
+
+class Task(NamedTuple):
+    """What a recipe brings.
+
+    A batch is a NamedTuple of arrays with the rows first, with the fields `real` (bool, False on rows that fill up the
+    last batch of an evaluation), `weights` (filled in by `weights_fn`) and, where there is a `reference_fn`, `reference`.
+
+    Attributes:
+        label: What is running.
+        train: Rows to learn from, tokenized.
+        held_out: Rows to evaluate on.
+        length: Tokens of a row.
+        collate: `collate(rows, length) -> batch`, padded to the length.
+        loss_fn: `loss_fn(params, batch, key) -> (loss, metrics)`; with `frozen`, it is given them by that name too.
+        evaluation_loss_fn: The same without dropout and noise.
+        weights_fn: Weights of a whole batch; None for a loss that cannot be split.
+        reference_fn: `reference_fn(params, batch) -> tree` of what the reference thinks of each row.
+        prepare: `prepare(params, batch) -> batch`: adds statistics of the whole batch, under the current parameters.
+        frozen: Parameters that the loss needs and that do not change (those of a teacher).
+        describe: `describe(batch) -> metrics`: more metrics of a step, from its batch.
+        derive: `derive(metrics) -> metrics`: more metrics of an evaluation, from those of the loss (`eval_…`).
+        prompts: Token ids of prompts for samples.
+        show: Metrics of the progress line.
+    """
+
+    label: str
+    train: Sequence[Any]
+    held_out: Sequence[Any]
+    length: Callable[[Any], int]
+    collate: Callable[[Sequence[Any], int], Any]
+    loss_fn: Callable[..., tuple[Scalar, Metrics]]
+    evaluation_loss_fn: Callable[..., tuple[Scalar, Metrics]]
+    weights_fn: WeightsFunction | None
+    reference_fn: Callable[[Params, Any], Any] | None = None
+    prepare: Callable[[Params, Any], Any] | None = None
+    frozen: Params | None = None
+    describe: Callable[[Any], dict[str, Any]] = lambda batch: {}
+    derive: Callable[[Metrics], dict[str, Any]] = lambda metrics: {}
+    prompts: Sequence[np.ndarray] = ()
+    show: Sequence[str] = ("loss", "eval_loss")
+
+
+class OfflineState(NamedTuple):
+    """What a run changes.
+
+    Attributes:
+        train: The model and its optimizer.
+        ref_params: The reference, where it follows the model; else None, for it is the model of the start.
+    """
+
+    train: TrainState
+    ref_params: Params | None
+
+
+def run_keys(seed: int) -> tuple[Key, Key, Key]:
+    """Makes the keys of a run: of a new model, of training, and of samples."""
+    init_key, train_key, sample_key = jax.random.split(jax.random.key(seed), 3)
+    return init_key, train_key, sample_key
+
+
+def load_examples(config: OfflineOptions, dataset: str, read: Callable[[Row], Any]) -> list[Any]:
+    """Reads all rows of a source.
+
+    Raises:
+        ValueError: If a row is wrong, or there is none.
+    """
+    return [read(row) for row in load_rows(dataset, config.split)]
+
+
+def load_splits(config: OfflineOptions, read: Callable[[Row], Any]) -> tuple[list[Any], list[Any]]:
+    """Reads the rows to train on and those held out, as the config says.
+
+    Raises:
+        ValueError: If a row is wrong, or there is none.
+    """
+    examples = load_examples(config, config.dataset, read)
+    if config.eval_dataset:
+        return examples, load_examples(config, config.eval_dataset, read)
+    parts = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
+    train, held_out = ([examples[i] for i in indices] for indices in parts)
+    return train, held_out
+
+
+def sample_prompts(examples: Sequence[SupervisedExample], tokenizer: Tokenizer) -> list[np.ndarray]:
+    """Tokenizes what each example asks: its prompt, or its conversation up to the assistant's last turn.
+
+    Examples of plain text ask nothing, and are left out.
+    """
+    asked: list[Prompt] = []
+    for prompt, completion in examples:
+        if isinstance(prompt, tuple) and isinstance(completion, tuple):
+            turns = (*prompt, *completion)
+            prompt = turns[: max(index for index, turn in enumerate(turns) if turn.role == "assistant")]
+        asked.append(prompt)
+    return [tokenize_prompt(prompt, tokenizer) for prompt in asked if prompt]
+
+
+def train_offline(
+    config: OfflineOptions, model: LanguageModel, task: Task, *, reference: ReferenceOptions | None = None
+) -> tuple[Params, dict[str, Any]]:
+    """Trains, evaluates and saves.
+
+    Args:
+        config: Settings of the recipe.
+        model: Where to start.
+        task: What to learn.
+        reference: Settings of the reference, for a task with a `reference_fn`.
+
+    Returns:
+        The trained parameters (with early stopping, the best), and figures: all their evaluation metrics and, of a
+        complete run, `model` (its folder).
+
+    Raises:
+        ValueError: If a row is longer than the model reads.
+    """
+    _, key, sample_key = run_keys(config.seed)
+    reference = reference or ReferenceOptions()
+    lengths = None
+    if config.group_by_length:
+        lengths = np.array([task.length(row) for row in task.train])
+    longest = require_rows_fit(config, model, task)
+    size, num_rows = config.per_device_train_batch_size, len(task.train)
+    total_steps = config.max_steps or max(round(config.num_train_epochs * num_rows / size), 1)
+    optimizer, schedule = config.optimizer(total_steps), config.schedule(total_steps)
+
+    def one_step(state: TrainState, batch: Any, key: Key, frozen: Params | None) -> tuple[TrainState, Metrics]:
+        step = make_train_step(
+            _with_frozen(task.loss_fn, frozen),
+            optimizer,
+            weights_fn=task.weights_fn,
+            num_microbatches=config.gradient_accumulation_steps,
+            skip_nonfinite=config.skip_nonfinite,
+        )
+        return step(state, batch, key)
+
+    step = jax.jit(one_step, donate_argnums=0)
+    sync = jax.jit(sync_reference, donate_argnums=0)
+    prepare = None if task.prepare is None else jax.jit(task.prepare)
+    score = None if task.reference_fn is None else jax.jit(task.reference_fn)
+    # Copies, for the step gives the memory of its state away.
+    start = None if score is None else jax.tree.map(jnp.copy, model.params)
+    held_out = _stack(task, longest, min(size, len(task.held_out)))
+    scored = None
+    if score is not None and not reference.sync_ref_model:
+        held_out = held_out._replace(reference=jax.lax.map(partial(score, start), held_out))
+    if score is not None and reference.precompute_ref_log_probs:
+        scored, start = _score_all(partial(score, start), task, longest, size), None
+    evaluate = make_evaluation(task, held_out)
+
+    def update(state: OfflineState, index: int) -> tuple[OfflineState, Metrics]:
+        indices = batch_indices(num_rows, size, seed=config.seed, step=index, lengths=lengths)
+        length = longest
+        if lengths is not None:
+            length = bucket_length(int(lengths[indices].max()), max_length=longest)
+        batch = task.collate([task.train[i] for i in indices], length)
+        if scored is not None:
+            batch = batch._replace(reference=jax.tree.map(lambda x: x[indices], scored))
+        elif score is not None:
+            batch = batch._replace(reference=score(state.ref_params if reference.sync_ref_model else start, batch))
+        if prepare is not None:
+            batch = prepare(state.train.params, batch)
+        train, metrics = step(state.train, batch, key, task.frozen)
+        ref_params = state.ref_params
+        if reference.sync_ref_model:
+            ref_params = sync(
+                ref_params,
+                train.params,
+                train.step,
+                mixup_alpha=reference.ref_model_mixup_alpha,
+                sync_steps=reference.ref_model_sync_steps,
+            )
+        metrics |= task.describe(batch) | {"learning_rate": schedule(index), "epoch": (index + 1) * size / num_rows}
+        return OfflineState(train, ref_params), metrics
+
+    folder = Path(config.output_dir) / "model"
+    state, complete_run = training_loop(
+        config,
+        OfflineState(init_train_state(model.params, optimizer), start if reference.sync_ref_model else None),
+        update,
+        total_steps=total_steps,
+        label=task.label,
+        evaluate=lambda state: evaluate(state.train.params, state.ref_params),
+        sample=_sampler(config, model, task, sample_key),
+        early_stopping=_early_stopping(config, model, folder),
+        show=task.show,
+    )
+    params = state.train.params
+    if complete_run and config.early_stopping_patience:  # the best model is there already
+        params = from_pretrained(folder)[1]
+    elif complete_run:
+        save_pretrained(folder, model.module, params, model.tokenizer)
+    figures: dict[str, Any] = {k: float(v) for k, v in evaluate(params, state.ref_params).items()}
+    return params, figures | ({"model": str(folder)} if complete_run else {})
+
+
+def require_rows_fit(config: OfflineOptions, model: LanguageModel, task: Task) -> int:
+    """Returns the tokens of the longest row, or `max_length` where rows are not read beforehand.
+
+    Raises:
+        ValueError: If the model reads fewer.
+    """
+    lazy = isinstance(task.train, LazySequence)
+    longest = config.max_length if lazy else max(map(task.length, [*task.train, *task.held_out]))
+    require_room(model, longest - 1, "lower max_length, or give a new model more n_positions")
+    return longest
+
+
+def make_evaluation(task: Task, held_out: Any) -> Callable[[Params, Params | None], dict[str, Any]]:
+    """Makes `evaluate(params, ref_params) -> metrics`: those of the loss over all held-out rows, named `eval_…`.
+
+    Weights are made from all rows together, so the metrics do not depend on the size of a batch; a loss that cannot be
+    split is averaged over whole batches.
+    """
+
+    @jax.jit
+    def evaluate(params: Params, ref_params: Params | None, held_out: Any, frozen: Params | None) -> Metrics:
+        loss_fn = _with_frozen(task.evaluation_loss_fn, frozen)
+
+        def one(batch: Any) -> Metrics:
+            if ref_params is not None and task.reference_fn is not None:
+                batch = batch._replace(reference=task.reference_fn(ref_params, batch))
+            if task.prepare is not None:
+                batch = task.prepare(params, batch)
+            loss, metrics = loss_fn(params, batch, jax.random.key(0))
+            return metrics | {"loss": loss}
+
+        if task.weights_fn is None:
+            return jax.tree.map(jnp.mean, jax.lax.map(one, held_out))
+        shape = held_out.real.shape
+        whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held_out)
+        weights = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), task.weights_fn(whole, None))
+        return combine_metrics(jax.lax.map(one, held_out._replace(weights=weights)))
+
+    def named(params: Params, ref_params: Params | None) -> dict[str, Any]:
+        metrics = {f"eval_{k}": v for k, v in evaluate(params, ref_params, held_out, task.frozen).items()}
+        return metrics | task.derive(metrics)
+
+    return named
+
+
+def _with_frozen(loss_fn: Callable[..., tuple[Scalar, Metrics]], frozen: Params | None) -> LossFunction:
+    return loss_fn if frozen is None else partial(loss_fn, frozen=frozen)
+
+
+def _stack(task: Task, length: int, size: int) -> Any:
+    """Collates all held-out rows: arrays of [batches, size, …]. What fills the last batch up is not `real`."""
+    rows, count = list(task.held_out), len(task.held_out)
+    if task.weights_fn is None:
+        rows = rows[: count // size * size]
+    rows += [rows[0]] * (-len(rows) % size)
+    batch = task.collate(rows, length)
+    batch = batch._replace(real=np.arange(len(rows)) < count)
+    return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, size, *x.shape[1:]), batch)
+
+
+def _score_all(score: Callable[[Any], Any], task: Task, length: int, size: int) -> Any:
+    """Scores all training rows in their order: numpy arrays of [rows, …]."""
+    rows = list(task.train)
+    filled = rows + [rows[0]] * (-len(rows) % size)
+    parts = [jax.device_get(score(task.collate(filled[i : i + size], length))) for i in range(0, len(filled), size)]
+    return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *parts)
+
+
+def _sampler(
+    config: OfflineOptions, model: LanguageModel, task: Task, key: Key
+) -> Callable[[OfflineState, int], list[dict[str, Any]]] | None:
+    """Makes `sample(state, step) -> [{"prompt", "completion"}]`, from the model's own distribution."""
+    room = model.context_length - config.sample_tokens + 1
+    prompts = [ids for ids in task.prompts if len(ids) <= room][: config.num_samples]
+    if not prompts:
+        return None
+    shown = model.tokenizer.batch_decode(prompts)
+
+    def sample(state: OfflineState, step: int) -> list[dict[str, Any]]:
+        texts = complete(
+            model,
+            state.train.params,
+            prompts,
+            jax.random.fold_in(key, step),
+            max_new_tokens=config.sample_tokens,
+            temperature=1.0,
+        )
+        return [{"prompt": prompt, "completion": text} for prompt, text in zip(shown, texts, strict=True)]
+
+    return sample
+
+
+def _early_stopping(config: OfflineOptions, model: LanguageModel, folder: Path) -> EarlyStopping | None:
+    if not config.early_stopping_patience:
+        return None
+
+    def keep(state: OfflineState) -> None:
+        save_pretrained(folder, model.module, state.train.params, model.tokenizer)
+
+    return EarlyStopping("eval_loss", config.early_stopping_patience, keep)
+
+
+def real_rows(rows: Sequence[Any]) -> Bool[Array, " batch"]:
+    """Makes the field `real` of a batch of rows that all count."""
+    return jnp.asarray(np.ones(len(rows), bool))
+
+
+def targets(batch: TokenBatch) -> Bool[Array, "batch targets"]:
+    """Tells which tokens are learned, of all but the first, which nothing predicts."""
+    return jnp.asarray(batch.loss_mask)[:, 1:]
+
+
+def report(title: str, config: OfflineOptions, model: LanguageModel, train: Any, held_out: Any) -> None:
+    """Prints what is going to be learned."""
+    facts(
+        f"{title} on {config.dataset}",
+        {"training": train, "held out": held_out, "parameters": model.num_params, "folder": config.output_dir},
+    )

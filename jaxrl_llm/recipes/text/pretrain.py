@@ -1,0 +1,164 @@
+"""Pretraining: learn to predict the next token of raw text.
+
+    jaxrl-llm pretrain --dataset shakespeare.txt --tokenizer bpe:4096 --output-dir runs/shakespeare
+    jaxrl-llm pretrain --dataset books/ --eval-dataset held_out/ --max-length 512
+
+The texts (a .txt file, a folder of them, or rows with `text`) become one stream, each with an end-of-text token before
+and after it, which is cut into windows: every token is a target once. Of a single text the end is held out. Evaluation
+reports bits per byte, which do not depend on the tokenizer.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxrl_llm.data import Tokens, fields, read_rows, split_indices, text_windows, train_tokenizer
+from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
+from jaxrl_llm.losses import cross_entropy_loss
+from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.progress import facts
+from jaxrl_llm.recipes.text import sft
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
+from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, train_offline
+from jaxrl_llm.rollouts import score_tokens
+from jaxrl_llm.types import Key, Metrics, Params, Scalar
+
+BPE = "bpe:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(OfflineOptions):
+    """Settings of pretraining."""
+
+    output_dir: str = "runs/pretrain"
+    """Folder for metrics, checkpoints and the trained model."""
+    dataset: str
+    """A .txt file, a folder of them, or rows with `text`: a .json, .jsonl or .parquet file, or the name of a dataset."""
+    tokenizer: str = "gpt2"
+    """Of a new model: `bpe:4096` (4,096 tokens, learned from the text), `gpt2`, a folder or hub id, or `characters:abc`."""
+    max_length: int = 256
+    """Tokens that the model reads at once: the width of a window."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-normaliser, against drifting logits; 1e-4 is common."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup_steps: int = 50
+    """Steps over which the learning rate rises from 0."""
+    per_device_train_batch_size: int = 16
+    """Windows of a step."""
+
+
+def validate(config: Config) -> None:
+    """Checks the values of the settings.
+
+    Raises:
+        ValueError: Naming the setting, what came and what was meant.
+    """
+    config.validate_offline()
+    require("z_loss", config.z_loss, "at least 0", lambda value: value >= 0)
+    if config.tokenizer.startswith(BPE):
+        size = config.tokenizer.removeprefix(BPE)
+        meant = "`bpe:` and the number of its tokens, at least 257"
+        require("tokenizer", config.tokenizer, meant, lambda name: size.isdecimal() and int(size) >= 257)
+
+
+def load_texts(config: Config) -> tuple[list[str], list[str]]:
+    """Reads the texts to train on and those held out: of several texts some, of one its end.
+
+    Raises:
+        ValueError: If a row has no `text`, or a single text is too short for its end to be held out.
+    """
+    texts = _read_texts(config.dataset, config.split)
+    if config.eval_dataset:
+        return texts, _read_texts(config.eval_dataset, config.split)
+    if len(texts) == 1:
+        end = round(len(texts[0]) * (1 - config.eval_fraction))
+        if not 0 < end < len(texts[0]):
+            raise ValueError(f"{config.dataset} is too short to hold eval_fraction={config.eval_fraction} of it out.")
+        return [texts[0][:end]], [texts[0][end:]]
+    parts = split_indices(len(texts), held_out=config.eval_fraction, seed=0)
+    train, held_out = ([texts[i] for i in indices] for indices in parts)
+    return train, held_out
+
+
+def _read_texts(dataset: str, split: str) -> list[str]:
+    return [fields.text(row, "text") for row in read_rows(dataset, split=split)]
+
+
+def stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
+    """Joins texts to one stream of ids, with an end-of-text token before, between and after them."""
+    eos = [tokenizer.eos_token_id]
+    return np.array([*eos, *(token for text in texts for token in [*encode_text(text, tokenizer), *eos])], np.int32)
+
+
+def make_loss(model: LanguageModel, config: Config):
+    """Makes `loss_fn(params, batch, key)`: the cross-entropy of each token given those before it in its window."""
+
+    def loss_fn(params: Params, batch: sft.Batch, key: Key) -> tuple[Scalar, Metrics]:
+        statistics = score_tokens(
+            model.apply,
+            model.head_kernel,
+            params,
+            batch.tokens,
+            batch.mask,
+            chunk_size=config.chunk_size,
+            dropout_key=key if config.dropout > 0 else None,
+        )
+        return cross_entropy_loss(
+            statistics.log_probs,
+            batch.loss_mask[:, 1:],
+            z_loss=config.z_loss,
+            statistics=statistics,
+            weights=batch.weights,
+        )
+
+    return loss_fn
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, evaluates and saves; returns the figures of the run.
+
+    Returns:
+        `eval_loss` (nats for each token), `eval_bits_per_byte` (of UTF-8) and the other metrics on the held-out text; of
+        a complete run `model` (folder of the trained model).
+
+    Raises:
+        ValueError: If a setting or the text is wrong.
+    """
+    validate(config)
+    texts = load_texts(config)
+    new = not config.model and config.tokenizer.startswith(BPE)
+    tokenizer = train_tokenizer(texts[0], int(config.tokenizer.removeprefix(BPE))) if new else None
+    model = load_model(config, run_keys(config.seed)[0], tokenizer=tokenizer)
+    train, held_out = (text_windows(stream(part, model.tokenizer), config.max_length) for part in texts)
+    num_bytes = sum(len(text.encode()) for text in texts[1])
+    num_targets = sum(len(window.ids) - 1 for window in held_out)
+    shown = {"training": _describe(train), "held out": f"{_describe(held_out)} from {num_bytes:,} bytes"}
+    more = {"vocabulary": len(model.tokenizer), "parameters": model.num_params, "folder": config.output_dir}
+    facts(f"Pretraining on {Path(config.dataset).name}", shown | more)
+    quiet = dataclasses.replace(config, dropout=0.0, z_loss=0.0)
+    start = np.array([model.tokenizer.eos_token_id], np.int32)
+    task = Task(
+        label="pretrain",
+        train=train,
+        held_out=held_out,
+        length=lambda window: len(window.ids),
+        collate=partial(sft.collate, model.pad_id),
+        loss_fn=make_loss(model, config),
+        evaluation_loss_fn=make_loss(model, quiet),
+        weights_fn=sft.batch_weights,
+        derive=lambda metrics: {"eval_bits_per_byte": metrics["eval_loss"] * num_targets / num_bytes / np.log(2)},
+        prompts=[start, *(window.ids[:16] for window in held_out[1:])],
+        show=("loss", "eval_loss", "eval_bits_per_byte"),
+    )
+    _, figures = train_offline(config, model, task)
+    facts("Result", figures)
+    return figures
+
+
+def _describe(windows: Sequence[Tokens]) -> str:
+    return f"{sum(len(window.ids) - 1 for window in windows):,} tokens in {len(windows):,} windows"
