@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import byte_baselines
-from benchmarks.results import accuracy_interval, record
+from benchmarks.results import record
 from jaxrl_llm.recipes.progress import table
+from jaxrl_llm.recipes.statistics import wilson_interval
 
 FOLDS = 5
 INVERSE_STRENGTHS = (1.0, 3.0, 10.0, 30.0, 100.0)
@@ -194,7 +195,7 @@ def _lexicon_scores(texts: Sequence[str]) -> np.ndarray:
 
 def _pair_figures(score: Score, pairs: Pairs) -> dict[str, Any]:
     right, total = right_pairs(score, pairs), len(pairs.better)
-    return {"accuracy": right / total, "interval_95": accuracy_interval(right, total)}
+    return {"accuracy": right / total, "interval_95": wilson_interval(right, total)}
 
 
 def _pearson(predictions: np.ndarray, ratings: np.ndarray) -> float:

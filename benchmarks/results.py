@@ -18,8 +18,6 @@ from typing import Any
 
 FOLDER = Path(__file__).parent / "results"
 PACKAGES = ("jax", "jaxlib", "numpy")
-Z_95 = 1.959963984540054
-"""The 97.5 % point of the standard normal distribution."""
 
 
 def record(
@@ -54,30 +52,6 @@ def record(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
     return path
-
-
-def accuracy_interval(right: float, total: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a share of independent trials, which stays inside [0, 1].
-
-    Args:
-        right: The number of trials that succeeded; a tie may count as a half.
-        total: The number of all trials.
-
-    Raises:
-        ValueError: `right` is not between 0 and `total`, or there are no trials.
-
-    References:
-        Wilson, "Probable inference, the law of succession, and statistical inference", 1927.
-
-    >>> [round(end, 4) for end in accuracy_interval(8, 10)]
-    [0.4902, 0.9433]
-    """
-    if not (total > 0 and 0 <= right <= total):
-        raise ValueError(f"right must be between 0 and total, and total above 0, got {right} of {total}.")
-    share, squared = right / total, Z_95**2 / total
-    center = (share + squared / 2) / (1 + squared)
-    half = math.sqrt(share * (1 - share) * squared + squared**2 / 4) / (1 + squared)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def cpu_model() -> str:

@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import Num
 
 
-def wilson_interval(right: int, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(right: int | float, total: int, *, confidence: float = 0.95) -> tuple[float, float]:
     """Computes the score interval of a share of independent trials, which stays inside [0, 1].
 
     Args:
-        right: Trials that succeeded.
+        right: Trials that succeeded; a tie may count as a half.
         total: All trials, at least 1.
         confidence: In (0, 1).
 

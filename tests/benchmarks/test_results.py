@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from benchmarks.results import accuracy_interval, record
+from benchmarks.results import record
 
 
 def test_the_examples_run():
@@ -50,16 +50,3 @@ def test_a_name_that_is_no_plain_file_name_is_refused(name):
 def test_no_figures_are_no_result():
     with pytest.raises(ValueError, match="must hold at least one number"):
         record("empty", {})
-
-
-@pytest.mark.parametrize("right", [0, 1, 437.5, 999, 1000])
-def test_the_ends_of_the_interval_are_where_the_score_test_just_rejects(right):
-    for end in accuracy_interval(right, 1000):
-        deviation = abs(right / 1000 - end)
-        assert deviation == pytest.approx(results.Z_95 * math.sqrt(end * (1 - end) / 1000), abs=1e-12)
-
-
-@pytest.mark.parametrize(("right", "total"), [(3, 2), (-1, 2), (0, 0)])
-def test_an_impossible_count_is_refused(right, total):
-    with pytest.raises(ValueError, match=f"got {right} of {total}"):
-        accuracy_interval(right, total)

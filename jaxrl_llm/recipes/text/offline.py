@@ -28,11 +28,11 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.data.examples import Prompt
 from jaxrl_llm.data.tokenizers import Tokenizer
-from jaxrl_llm.models import from_pretrained, save_pretrained
+from jaxrl_llm.models import ScalarHead, from_pretrained, from_pretrained_reward_model, save_pretrained
 from jaxrl_llm.recipes.loop import EarlyStopping, training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
 from jaxrl_llm.recipes.progress import facts
-from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_rows, require_room
+from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_rows, read_dataset, require_room
 from jaxrl_llm.reductions import combine_metrics
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
 from jaxrl_llm.training.step import LossFunction, WeightsFunction
@@ -171,7 +171,7 @@ def load_examples(config: OfflineOptions, dataset: str, read: Callable[[Row], An
     Raises:
         ValueError: If a row is wrong, or there is none.
     """
-    return [read(row) for row in load_rows(dataset, config.split)]
+    return [read(row) for row in read_dataset(dataset, config.split)]
 
 
 def load_splits(config: OfflineOptions, read: Callable[[Row], Any]) -> tuple[list[Any], list[Any]]:
@@ -180,9 +180,9 @@ def load_splits(config: OfflineOptions, read: Callable[[Row], Any]) -> tuple[lis
     Raises:
         ValueError: If a row is wrong, or there is none.
     """
-    examples = load_examples(config, config.dataset, read)
     if config.eval_dataset:
-        return examples, load_examples(config, config.eval_dataset, read)
+        return load_examples(config, config.dataset, read), load_examples(config, config.eval_dataset, read)
+    examples = [read(row) for row in load_rows(config.dataset, config.split)]
     parts = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
     train, held_out = ([examples[i] for i in indices] for indices in parts)
     return train, held_out
@@ -293,7 +293,8 @@ def train_offline(
     )
     params = state.train.params
     if complete_run and config.early_stopping_patience:  # the best model is there already
-        params = from_pretrained(folder)[1]
+        load = from_pretrained_reward_model if isinstance(model.module, ScalarHead) else from_pretrained
+        params = load(folder)[1]
     elif complete_run:
         save_pretrained(folder, model.module, params, model.tokenizer)
     figures: dict[str, Any] = {k: float(v) for k, v in evaluate(params, state.ref_params).items()}
@@ -371,8 +372,12 @@ def _score_all(score: Callable[[Any], Any], task: Task, length: int, size: int) 
 def _sampler(
     config: OfflineOptions, model: LanguageModel, task: Task, key: Key
 ) -> Callable[[OfflineState, int], list[dict[str, Any]]] | None:
-    """Makes `sample(state, step) -> [{"prompt", "completion"}]`, from the model's own distribution."""
-    room = model.context_length - config.sample_tokens + 1
+    """Makes `sample(state, step) -> [{"prompt", "completion"}]`, from the model's own distribution.
+
+    Prompts that leave no room are passed over; a completion takes half of the context at most.
+    """
+    length = min(config.sample_tokens, max(model.context_length // 2, 1))
+    room = model.context_length - length + 1
     prompts = [ids for ids in task.prompts if len(ids) <= room][: config.num_samples]
     if not prompts:
         return None
@@ -384,7 +389,7 @@ def _sampler(
             state.train.params,
             prompts,
             jax.random.fold_in(key, step),
-            max_new_tokens=config.sample_tokens,
+            max_new_tokens=length,
             temperature=1.0,
         )
         return [{"prompt": prompt, "completion": text} for prompt, text in zip(shown, texts, strict=True)]
