@@ -70,8 +70,8 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         max_length=128,
         per_device_train_batch_size=32,
         learning_rate=2e-3,
-        max_steps=900,
-        eval_steps=150,
+        max_steps=600,
+        eval_steps=100,
     )
     figures = _timed(partial(pretrain.run, settings))
     levels = _levels(_result("baseline_shakespeare"))

@@ -120,25 +120,30 @@ def collate_rated(
     return RatedBatch(batch, np.array([row.score for row in rows], np.float32))
 
 
-def rotate_completions(rows: Sequence[UnpairedTokens], *, max_length: int | None = None) -> list[UnpairedTokens]:
-    """Pairs each prompt with the completion of the row before it: the mismatched rows of KTO's KL term.
+def rotate_completions(
+    rows: Sequence[UnpairedTokens], *, max_length: int | None = None, shift: int = 1
+) -> list[UnpairedTokens]:
+    """Pairs each prompt with the completion of an earlier row: the mismatched rows of KTO's KL term.
 
     Rotate the whole batch before it is split, and split both alike; labels stay with their prompts.
 
     Args:
         rows: Of one batch, at least 2.
         max_length: Tokens of prompt and completion together after which a completion is cut; None for no limit.
+        shift: How many rows earlier.
 
     Raises:
-        ValueError: If there are fewer than 2 rows, as a prompt would keep its own completion.
+        ValueError: If there are fewer than 2 rows, or `shift` is a whole round, as a prompt would keep its own completion.
 
     References:
         Ethayarajh et al., 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", arXiv 2402.01306, section 4.
     """
+    if not 0 < shift < max(len(rows), 2):
+        raise ValueError(f"shift must be between 1 and the number of rows less one, got {shift} for {len(rows)} rows.")
     if len(rows) < 2:
         raise ValueError(f"KTO's KL term needs a batch of at least 2 rows to exchange completions, got {len(rows)}.")
     rotated = []
-    for row, before in zip(rows, [rows[-1], *rows[:-1]], strict=True):
+    for row, before in zip(rows, [*rows[-shift:], *rows[:-shift]], strict=True):
         room = None if max_length is None else max(max_length - len(row.prompt_ids), 0)
         ids = before.completion_ids[:room]
         truncated = before.truncated or len(ids) < len(before.completion_ids)

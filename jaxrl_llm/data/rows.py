@@ -126,7 +126,7 @@ def decode(content: bytes, encoding: str, where: str | Path, position: int = 0, 
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{where}: byte {position + error.start} of the file (0x{content[error.start]:02x}) is not {encoding}. "
-            "Convert the file (`iconv -f LATIN1 -t UTF-8`), or give its encoding as `encoding`."
+            "Convert the file (`iconv -f LATIN1 -t UTF-8`), or read it with read_rows(…, encoding=…)."
         ) from error
     return text.removeprefix("\ufeff") if first else text
 

@@ -62,6 +62,9 @@ POINTWISE: dict[str, PointwiseLink] = {
 }
 """Losses of the log-ratios ρ of both responses."""
 
+SMOOTHED = ("sigmoid", "sigmoid_norm", "exo_pair", "robust", "aot", "aot_unpaired")
+"""Losses that read `label_smoothing`."""
+
 SORTED = ("aot", "aot_unpaired")
 """Losses that sort the batch, so that no part of it has a loss of its own."""
 
@@ -182,14 +185,17 @@ def dpo_loss(
         loss_type: One type, or several that are added up (MPO).
         loss_weights: Weight of each type; 1 if not given.
         f_divergence_type: Divergence that holds the policy to the reference. The pointwise types (`nca_pair`,
-            `bco_pair`, `sppo_hard`, `apo_zero`, `apo_down`) and those that sort have the reverse KL built in.
+            `bco_pair`, `sppo_hard`, `apo_zero`, `apo_down`) and those that sort have the reverse KL built in, and take
+            no other.
         f_alpha_divergence_coef: α of `alpha_divergence`.
-        label_smoothing: ε, the probability that a label is wrong, in [0, 0.5). `exo_pair` needs it above 0 (1e-3).
+        label_smoothing: ε, the probability that a label is wrong, in [0, 0.5). `exo_pair` needs it above 0 (1e-3);
+            `sigmoid` (conservative DPO; TRL ignores it there), `sigmoid_norm`, `robust` and those that sort read it too.
         discopop_tau: τ of `discopop`.
         chosen_lengths: Tokens of each chosen response, for `ipo`, `sigmoid_norm` and `sft`.
         rejected_lengths: Tokens of each rejected response, for `ipo` and `sigmoid_norm`.
         chosen_log_probs: For `sft`, the plain sum of the chosen response where `policy_chosen` is another (LD-DPO).
-        pair_weights: Factor of each pair, a constant: the product of the `wpo_weights` of its responses (WPO).
+        pair_weights: Factor of each pair, a constant: the product of the `wpo_weights` of its responses (WPO). In `sft`
+            it is that of each of the pair's tokens.
         weights: Made from the whole batch, by `dpo_weights` or `reductions.row_weights`; the mean if not given. `aot`
             and `aot_unpaired` take none: they sort the batch, so it cannot be split.
         axis_name: Mapped axis to count, and sort, over.
@@ -321,5 +327,10 @@ def _check(loss_types: tuple[str, ...], loss_weights: tuple, f_divergence_type: 
         raise ValueError(f"loss_weights must have one weight for each of {loss_types}, got {len(loss_weights)}.")
     if f_divergence_type not in get_args(FDivergence):
         raise ValueError(f"f_divergence_type must be one of {get_args(FDivergence)}, got {f_divergence_type!r}.")
+    own = [name for name in loss_types if name in POINTWISE or name in SORTED]
+    if own and f_divergence_type != "reverse_kl":
+        raise ValueError(
+            f"loss_type={own[0]!r} has the reverse KL built in, got f_divergence_type={f_divergence_type!r}."
+        )
     if "exo_pair" in loss_types and isinstance(label_smoothing, int | float) and label_smoothing <= 0:
         raise ValueError(f"loss_type='exo_pair' needs label_smoothing above 0, such as 1e-3; got {label_smoothing}.")

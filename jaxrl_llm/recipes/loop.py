@@ -1,6 +1,7 @@
 """The loop around every training step: progress, metrics, evaluation, checkpoints, Ctrl-C and resume."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -115,7 +116,8 @@ def _enough(early_stopping: EarlyStopping | None, state: Any, folder: Path, *, k
         return False
     name = early_stopping.metric
     values = [line[name] for line in read_metrics(folder) if name in line]
-    since_best = len(values) - 1 - values.index(min(values)) if values else 0
+    finite = [value for value in values if math.isfinite(value)]
+    since_best = len(values) - 1 - values.index(min(finite)) if finite else max(len(values) - 1, 0)
     if since_best == 0 and keep:
         early_stopping.keep(state)
     return since_best >= early_stopping.patience

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from jaxrl_llm.losses import dpo_loss
-from jaxrl_llm.losses.preference import DPOLossType, FDivergence
+from jaxrl_llm.losses.preference import POINTWISE, SORTED, DPOLossType, FDivergence
 from tests.unchecked import unchecked
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -34,7 +34,8 @@ def each_type(fields, beta=0.5, label_smoothing=0.1, tau=0.05, f_divergence_type
     """Computes value and gradient of every type."""
     options = beta, label_smoothing, tau
     loss = functools.partial(loss_of, f_divergence_type=f_divergence_type)
-    return {name: jax.value_and_grad(loss)(fields, name, *options) for name in TYPES}
+    own = () if f_divergence_type == "reverse_kl" else (*POINTWISE, *SORTED)
+    return {name: jax.value_and_grad(loss)(fields, name, *options) for name in TYPES if name not in own}
 
 
 def values(fields, *options):
@@ -253,3 +254,10 @@ def test_one_reference_alone_is_refused():
 def test_what_a_type_needs_and_lacks_is_said(options, message):
     with unchecked(), pytest.raises(ValueError, match=message):
         dpo_loss(*FIELDS, beta=0.1, **options)
+
+
+@pytest.mark.parametrize("loss_type", [*POINTWISE, *SORTED])
+def test_a_loss_with_the_reverse_kl_built_in_takes_no_other_divergence(loss_type):
+    zeros = jnp.zeros(2)
+    with pytest.raises(ValueError, match="has the reverse KL built in, got f_divergence_type='js_divergence'"):
+        dpo_loss(zeros, zeros, zeros, zeros, beta=0.1, loss_type=loss_type, f_divergence_type="js_divergence")

@@ -10,7 +10,7 @@ import pytest
 from jaxrl_llm.data import preference_example, split_indices, tokenize_preference
 from jaxrl_llm.data.rows import as_rows
 from jaxrl_llm.log_probs import token_statistics
-from jaxrl_llm.losses.preference import DPOLossType
+from jaxrl_llm.losses.preference import SMOOTHED, DPOLossType
 from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.recipes.text import dpo, generate
 from jaxrl_llm.recipes.text.language_model import load_model, load_rows
@@ -220,7 +220,10 @@ def unigram(finished, monkeypatch):
 
 
 def setting(name, **changes):
-    return dpo.Config(**TINY, dataset="pairs", **{"loss_type": (name,), "label_smoothing": 0.1, "beta": 0.5} | changes)
+    smoothing = 0.1 if name in SMOOTHED else 0.0
+    return dpo.Config(
+        **TINY, dataset="pairs", **{"loss_type": (name,), "label_smoothing": smoothing, "beta": 0.5} | changes
+    )
 
 
 def test_every_loss_type_trains_and_all_but_those_that_sort_survive_micro_batches(unigram):

@@ -78,8 +78,7 @@ def test_evaluations_are_exact_with_the_reference_point_of_each_batch(finished):
     rows = load_rows(config.dataset)
     held_out = split_indices(len(rows), held_out=0.25, seed=0)[1]
     examples = [example for i in held_out for example in unpaired_examples(rows[i])]
-    examples.sort(key=lambda example: not example.label)
-    tokens = tokenize_unpaired_rows(examples, before.tokenizer).rows
+    tokens = sorted(tokenize_unpaired_rows(examples, before.tokenizer).rows, key=lambda row: row.prompt_ids.tobytes())
     assert len(tokens) == 9 > config.per_device_train_batch_size
 
     def log_ratios(completions):
@@ -143,6 +142,19 @@ def test_completions_are_exchanged_between_different_prompts_though_pairs_are_gi
     for row, mismatched in [*task.train, *task.held_out]:
         assert row.completion_ids[0] == row.prompt_ids[0] == mismatched.prompt_ids[0]
         assert mismatched.completion_ids[0] != row.prompt_ids[0]
+
+
+def test_completions_are_exchanged_between_different_prompts_though_each_has_several(task_of, tmp_path):
+    rows = [{"prompt": f"{a}+", "completion": f"{a}{b}", "label": b > 1} for a in range(8) for b in range(3)]
+    task = task_of(dataset=write_rows(tmp_path / "several.jsonl", rows), eval_fraction=0.5)
+    for row, mismatched in [*task.train, *task.held_out]:
+        assert row.completion_ids[0] == row.prompt_ids[0] == mismatched.prompt_ids[0]
+        assert mismatched.completion_ids[0] != row.prompt_ids[0]
+
+
+def test_a_single_held_out_row_is_refused_with_a_cure(task_of):
+    with pytest.raises(ValueError, match=r"2 rows to train on and 2 held out, .* got 35 and 1\. Raise eval_fraction"):
+        task_of(eval_fraction=0.01)
 
 
 def test_apo_zero_unpaired_estimates_no_reference_point(finished, task_of):

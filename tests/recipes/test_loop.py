@@ -219,6 +219,7 @@ def stopped_early(config, losses, kept, patience=2, **changes):
         ([1, 2, 3, 0], 2, [0]),  # nothing was learned: the model of the start is the best
         ([3, 2, 1], 2, [0, 1, 2]),
         ([3, 2, 4, 1], 3, [0, 1, 3]),
+        ([float("nan"), 4, 3], 2, [0, 1, 2]),
     ],
 )
 def test_a_run_ends_when_patience_is_over_and_every_new_best_is_kept(config, losses, end, best, capsys):

@@ -80,7 +80,11 @@ DPO = [
         "gradient_accumulation_steps must be 1 for aot and aot_unpaired, which sort the whole batch, got 2",
     ),
     ({"loss_type": ("aot_unpaired",), "use_weighting": True}, "use_weighting must be false for aot and aot_unpaired"),
-    ({"loss_type": ("aot", "sft")}, r"loss_type must be without sft beside aot and aot_unpaired, got \('aot', 'sft'\)"),
+    (
+        {"loss_type": ("nca_pair",), "f_divergence_type": "js_divergence"},
+        "must be reverse_kl for nca_pair, which has it",
+    ),
+    ({"loss_type": ("hinge",), "label_smoothing": 0.1}, r"label_smoothing must be 0: none of \('hinge',\) reads it"),
     *(
         (
             {"reference_free": True, name: True},
@@ -101,6 +105,7 @@ CPO = [
     *OFFLINE,
     BETA,
     SMOOTHING,
+    ({"loss_type": "ipo", "label_smoothing": 0.1}, "label_smoothing must be 0: ipo does not read it, got 0.1"),
     ({"simpo_gamma": -1.0}, "simpo_gamma must be at least 0, got -1.0"),
     ({"cpo_alpha": -1.0}, "cpo_alpha must be at least 0, got -1.0"),
 ]

@@ -279,9 +279,8 @@ def test_a_streamed_run_is_the_run_in_memory_and_resumes_exactly(plain, tmp_path
     sft.run(streamed)
     assert_close_weights(memory.output_dir, streamed.output_dir, atol=1e-6)
     for line, other in zip(curve(memory.output_dir), curve(streamed.output_dir), strict=True):
-        assert line | {"num_rows_without_targets": 0} == pytest.approx(
-            {"num_rows_without_targets": 0} | other, rel=1e-6
-        )
+        counted = {"num_rows_without_targets": 0, "num_rows_truncated": 0}
+        assert line | counted == pytest.approx(counted | other, rel=1e-6)
     cut = dataclasses.replace(streamed, output_dir=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
         press_ctrl_c_after(patch, step=3)
@@ -303,7 +302,7 @@ def test_streaming_reads_and_tokenizes_no_row_before_its_turn_and_counts_rows_wi
         sft.run(config)
     (before, after) = curve(config.output_dir)
     assert "num_rows_without_targets" not in before
-    assert (after["step"], after["num_rows_without_targets"]) == (1, 1)
+    assert (after["step"], after["num_rows_without_targets"], after["num_rows_truncated"]) == (1, 1, 1)
     data = [json.loads(lines[i])["completion"] for i in sorted(batches[0] - {first})]
     assert after["num_tokens"] == sum(len(completion) + 1 for completion in data)
 

@@ -67,6 +67,9 @@ def validate(config: Config) -> None:
     config.validate_offline()
     require("beta", config.beta, "positive", lambda beta: beta > 0)
     require("label_smoothing", config.label_smoothing, "in [0, 0.5)", lambda share: 0 <= share < 0.5)
+    reads = config.loss_type in ("sigmoid", "simpo")
+    meant = f"0: {config.loss_type} does not read it"
+    require("label_smoothing", config.label_smoothing, meant, lambda share: share == 0 or reads)
     for name in ("simpo_gamma", "cpo_alpha"):
         require(name, getattr(config, name), "at least 0", lambda value: value >= 0)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import dpo_loss, sequence_log_probs, wpo_weights
-from jaxrl_llm.losses.preference import SORTED, DPOLossType, FDivergence
+from jaxrl_llm.losses.preference import POINTWISE, SMOOTHED, SORTED, DPOLossType, FDivergence
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
 from jaxrl_llm.recipes.text.offline import (
@@ -94,7 +94,12 @@ def validate(config: Config) -> None:
         whole = "1 for aot and aot_unpaired, which sort the whole batch"
         require("gradient_accumulation_steps", config.gradient_accumulation_steps, whole, lambda parts: parts == 1)
         require("use_weighting", config.use_weighting, "false for aot and aot_unpaired", lambda weighs: not weighs)
-        require("loss_type", types, "without sft beside aot and aot_unpaired", lambda names: "sft" not in names)
+    own = [name for name in types if name in POINTWISE or name in SORTED]
+    meant = f"reverse_kl for {own[0]}, which has it built in" if own else ""
+    require("f_divergence_type", config.f_divergence_type, meant, lambda name: name == "reverse_kl" or not own)
+    smoothed = [name for name in types if name in SMOOTHED]
+    meant = f"0: none of {types} reads it (only {', '.join(SMOOTHED)} do)"
+    require("label_smoothing", config.label_smoothing, meant, lambda share: share == 0 or len(smoothed) > 0)
 
 
 def response_log_probs(

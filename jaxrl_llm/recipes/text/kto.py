@@ -8,6 +8,7 @@ with the completion of another row.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -187,6 +188,17 @@ def row_length(row: LabelledRow) -> int:
     return max(len(text.prompt_ids) + len(text.completion_ids) for text in row)
 
 
+def with_mismatched(rows: Sequence[UnpairedTokens], *, max_length: int) -> list[LabelledRow]:
+    """Gives each row's prompt the completion of a row with another prompt (unless most rows have the same prompt).
+
+    Sorted by prompt, rows that are as far apart as the most frequent prompt is frequent cannot have the same one.
+    """
+    rows = sorted(rows, key=lambda row: row.prompt_ids.tobytes())
+    most = max(Counter(row.prompt_ids.tobytes() for row in rows).values())
+    shift = most if 2 * most <= len(rows) else 1
+    return list(map(LabelledRow, rows, rotate_completions(rows, max_length=max_length, shift=shift)))
+
+
 def run(config: Config) -> dict[str, Any]:
     """Trains, evaluates and saves; returns the figures of the run.
 
@@ -201,27 +213,22 @@ def run(config: Config) -> dict[str, Any]:
     model = load_model(config, run_keys(config.seed)[0])
     parts = load_splits(config, unpaired_examples)
     train, held_out = (
-        # The desirable first: neighbours, which lend one another their completions, then have different prompts.
-        tokenize_unpaired_rows(
-            sorted(chain(*examples), key=lambda example: not example.label),
-            model.tokenizer,
-            max_length=config.max_length,
-        )
+        tokenize_unpaired_rows(list(chain(*examples)), model.tokenizer, max_length=config.max_length)
         for examples in parts
     )
     report("KTO", config, model, train, held_out)
     quiet = dataclasses.replace(config, dropout=0.0)
-
     estimates_kl = config.loss_type == "kto"
-
-    def with_mismatched(rows: Sequence[UnpairedTokens]) -> list[LabelledRow]:
-        others = rotate_completions(rows, max_length=config.max_length) if estimates_kl else rows
-        return list(map(LabelledRow, rows, others))
-
+    mismatch = partial(with_mismatched, max_length=config.max_length)
+    if estimates_kl and min(len(train.rows), len(held_out.rows)) < 2:
+        raise ValueError(
+            f"KTO needs at least 2 rows to train on and 2 held out, to exchange their completions; got {len(train.rows)} "
+            f"and {len(held_out.rows)}. Raise eval_fraction, name an eval_dataset, or take apo_zero_unpaired."
+        )
     task = Task(
         label="kto",
-        train=with_mismatched(train.rows),
-        held_out=with_mismatched(held_out.rows),
+        train=mismatch(train.rows) if estimates_kl else [LabelledRow(row, row) for row in train.rows],
+        held_out=mismatch(held_out.rows) if estimates_kl else [LabelledRow(row, row) for row in held_out.rows],
         length=row_length,
         collate=partial(collate, model.pad_id),
         loss_fn=make_loss(model, config),

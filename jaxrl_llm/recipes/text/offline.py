@@ -54,7 +54,7 @@ class OfflineOptions(RunOptions, ModelOptions, OptimizerOptions):
     max_length: int = 256
     """Tokens after which a row is cut."""
     per_device_train_batch_size: int = 32
-    """Rows of a step."""
+    """Rows of a step; gradient_accumulation_steps divides them into parts (in TRL it multiplies them)."""
     num_train_epochs: float = 1.0
     """Passes over the training rows, unless max_steps says otherwise."""
     max_steps: int = 0
@@ -246,7 +246,7 @@ def train_offline(
     score = None if task.reference_fn is None else jax.jit(task.reference_fn)
     # Copies, for the step gives the memory of its state away.
     start = None if score is None else jax.tree.map(jnp.copy, model.params)
-    held_out = _stack(task, longest, min(size, len(task.held_out)))
+    held_out = _stack(task, min(size, len(task.held_out)))
     scored = None
     if score is not None and not reference.sync_ref_model:
         held_out = held_out._replace(reference=jax.lax.map(partial(score, start), held_out))
@@ -350,13 +350,13 @@ def _with_frozen(loss_fn: Callable[..., tuple[Scalar, Metrics]], frozen: Params 
     return loss_fn if frozen is None else partial(loss_fn, frozen=frozen)
 
 
-def _stack(task: Task, length: int, size: int) -> Any:
+def _stack(task: Task, size: int) -> Any:
     """Collates all held-out rows: arrays of [batches, size, …]. What fills the last batch up is not `real`."""
     rows, count = list(task.held_out), len(task.held_out)
     if task.weights_fn is None:
         rows = rows[: count // size * size]
     rows += [rows[0]] * (-len(rows) % size)
-    batch = task.collate(rows, length)
+    batch = task.collate(rows, max(map(task.length, rows)))
     batch = batch._replace(real=np.arange(len(rows)) < count)
     return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, size, *x.shape[1:]), batch)
 

@@ -5,7 +5,8 @@
 
 The texts (a .txt file, a folder of them, or rows with `text`) become one stream, each with an end-of-text token before
 and after it, which is cut into windows: every token is a target once. Of a single text the end is held out. Evaluation
-reports bits per byte, which do not depend on the tokenizer.
+reports bits per byte, which do not depend on the tokenizer. (The text is held in memory, at 4 bytes a token; for more than
+fits, `jaxrl-llm sft --streaming` reads rows with `text` as they are needed.)
 """
 
 import dataclasses
@@ -91,8 +92,9 @@ def _read_texts(dataset: str, split: str) -> list[str]:
 
 def stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     """Joins texts to one stream of ids, with an end-of-text token before, between and after them."""
-    eos = [tokenizer.eos_token_id]
-    return np.array([*eos, *(token for text in texts for token in [*encode_text(text, tokenizer), *eos])], np.int32)
+    eos = np.array([tokenizer.eos_token_id], np.int32)
+    encoded = (np.array([*encode_text(text, tokenizer), tokenizer.eos_token_id], np.int32) for text in texts)
+    return np.concatenate([eos, *encoded])
 
 
 def make_loss(model: LanguageModel, config: Config):

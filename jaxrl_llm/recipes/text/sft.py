@@ -101,6 +101,7 @@ class Batch(NamedTuple):
     mask: Bool[Array, "batch time"]
     loss_mask: Bool[Array, "batch time"]
     real: Bool[Array, " batch"]
+    truncated: Bool[Array, " batch"]
     segment_ids: Int[Array, "batch time"] | None = None
     weights: Float[Array, "batch targets"] | None = None
 
@@ -158,19 +159,25 @@ def batch_weights(batch: Batch, axis_name: str | None) -> Float[Array, "batch ta
 
 def collate(pad_id: int, rows: Sequence[Tokens], length: int) -> Batch:
     """Makes a batch of rows."""
-    return Batch(*map(jnp.asarray, collate_sft(rows, pad_id=pad_id, length=length)), real=real_rows(rows))
+    arrays = map(jnp.asarray, collate_sft(rows, pad_id=pad_id, length=length))
+    return Batch(*arrays, real=real_rows(rows), truncated=jnp.asarray([bool(row.truncated) for row in rows]))
 
 
 def collate_packs(pad_id: int, rows: Sequence[PackedTokens], length: int) -> Batch:
     """Makes a batch of packed rows."""
     batch = collate_packed(rows, pad_id=pad_id, length=length)
     arrays = map(jnp.asarray, (batch.tokens, batch.mask, batch.loss_mask))
-    return Batch(*arrays, real=real_rows(rows), segment_ids=jnp.asarray(batch.segment_ids))
+    real = real_rows(rows)
+    return Batch(*arrays, real=real, truncated=~real, segment_ids=jnp.asarray(batch.segment_ids))
 
 
-def count_empty(batch: Batch) -> dict[str, int]:
-    """Counts the rows of a batch of which `max_length` left nothing to learn; where rows are streamed, none is dropped."""
-    return {"num_rows_without_targets": count_rows_without_targets(np.asarray(batch.loss_mask))}
+def count_cut(batch: Batch) -> dict[str, int]:
+    """Counts the rows of a batch that `max_length` cut, and those of which it left nothing to learn.
+
+    (Where rows are streamed, nobody could count them before.)
+    """
+    empty = count_rows_without_targets(np.asarray(batch.loss_mask))
+    return {"num_rows_truncated": int(batch.truncated.sum()), "num_rows_without_targets": empty}
 
 
 class Data(NamedTuple):
@@ -251,14 +258,15 @@ def run(config: Config) -> dict[str, Any]:
             model, dataclasses.replace(quiet, loss_type="nll", label_smoothing=0.0, z_loss=0.0)
         ),
         weights_fn=batch_weights,
-        describe=count_empty if config.streaming else lambda batch: {},
+        describe=count_cut if config.streaming else lambda batch: {},
         prompts=prompts,
         show=("loss", "eval_loss", "eval_mean_token_accuracy"),
     )
 
     def exact_match(params: Params) -> float:
         longest = max(int(row.loss_mask.sum()) for row in data.held_out.rows)
-        texts = complete(model, params, prompts, jax.random.key(0), max_new_tokens=longest)
+        room = model.context_length - max(map(len, prompts)) + 1  # an answer beyond it counts as wrong
+        texts = complete(model, params, prompts, jax.random.key(0), max_new_tokens=min(longest, room))
         return float(np.mean([text == example.completion for text, example in zip(texts, data.asked, strict=True)]))
 
     require_rows_fit(config, model, task)
