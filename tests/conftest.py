@@ -1,8 +1,11 @@
 """Settings that make the tests stricter than users: set before jax is imported."""
 
 import os
+import signal
 
 from jaxrl_llm import xla_cpu
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells tell jobs in the background to ignore
 
 xla_cpu.set_flag()
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
