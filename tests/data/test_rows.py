@@ -67,7 +67,11 @@ def test_a_text_file_is_a_row_and_a_folder_of_them_one_each(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", "Stra\xdfe", r"a.txt: byte 4 of the file \(0xdf\) is not utf-8. Convert the file .* or read it with read_rows"),
+        (
+            "a.txt",
+            "Stra\xdfe",
+            r"a.txt: byte 4 of the file \(0xdf\) is not utf-8. Convert the file .* or read it with read_rows",
+        ),
         ("a.json", '[{"text": "Stra\xdfe"}]', r"a.json: byte 15 of the file \(0xdf\) is not utf-8"),
         (
             "a.jsonl",
