@@ -185,12 +185,15 @@ def _learn(config: Config, name: str, recipe: Any, rows: str, **settings: Any) -
     """Runs a preference recipe; adds what the model writes before and after."""
     folder = config.runs / name
     result = _timed(partial(recipe.run, recipe.Config(**_preferences(config, folder, rows), **settings)))
-    load = lambda path: load_model(ModelOptions(model=str(path)), jax.random.key(0))  # noqa: E731
-    reference = load(config.runs / "vader_base/model")
+    reference = _load(config.runs / "vader_base/model")
     before = write_reviews(reference, reference, config.seed + 1)
-    after = write_reviews(load(result["model"]), reference, config.seed + 1)
+    after = write_reviews(_load(result["model"]), reference, config.seed + 1)
     figures = result | {f"before/{key}": value for key, value in before.items()}
     return figures | {f"after/{key}": value for key, value in after.items()}
+
+
+def _load(folder: str | Path) -> LanguageModel:
+    return load_model(ModelOptions(model=str(folder)), jax.random.key(0))
 
 
 PREFERENCE_STEPS = {"learning_rate": 1e-4, "max_steps": 200, "per_device_train_batch_size": 32}
@@ -346,7 +349,18 @@ def _result(name: str) -> dict[str, Any]:
     return json.loads(path.read_text())["figures"]
 
 
-RUNS = {name.removeprefix("run_"): function for name, function in list(globals().items()) if name.startswith("run_")}
+RUNS = {
+    "pretrain": run_pretrain,
+    "vader_base": run_vader_base,
+    "reward_model": run_reward_model,
+    "dpo": run_dpo,
+    "dpo_betas": run_dpo_betas,
+    "kto": run_kto,
+    "orpo": run_orpo,
+    "cpo": run_cpo,
+    "distill": run_distill,
+    "sft": run_sft,
+}
 
 
 def main() -> None:

@@ -219,16 +219,21 @@ def run(config: Config) -> dict[str, Any]:
     report("KTO", config, model, train, held_out)
     quiet = dataclasses.replace(config, dropout=0.0)
     estimates_kl = config.loss_type == "kto"
-    mismatch = partial(with_mismatched, max_length=config.max_length)
     if estimates_kl and min(len(train.rows), len(held_out.rows)) < 2:
         raise ValueError(
             f"KTO needs at least 2 rows to train on and 2 held out, to exchange their completions; got {len(train.rows)} "
             f"and {len(held_out.rows)}. Raise eval_fraction, name an eval_dataset, or take apo_zero_unpaired."
         )
+
+    def labelled(rows: Sequence[UnpairedTokens]) -> list[LabelledRow]:
+        if not estimates_kl:
+            return [LabelledRow(row, row) for row in rows]
+        return with_mismatched(rows, max_length=config.max_length)
+
     task = Task(
         label="kto",
-        train=mismatch(train.rows) if estimates_kl else [LabelledRow(row, row) for row in train.rows],
-        held_out=mismatch(held_out.rows) if estimates_kl else [LabelledRow(row, row) for row in held_out.rows],
+        train=labelled(train.rows),
+        held_out=labelled(held_out.rows),
         length=row_length,
         collate=partial(collate, model.pad_id),
         loss_fn=make_loss(model, config),

@@ -19,14 +19,11 @@ import numpy as np
 
 from jaxrl_llm.data import Tokens, fields, read_rows, split_indices, text_windows, train_tokenizer
 from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
-from jaxrl_llm.losses import cross_entropy_loss
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
 from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, train_offline
-from jaxrl_llm.rollouts import score_tokens
-from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
 BPE = "bpe:"
 
@@ -98,27 +95,9 @@ def stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
 
 
 def make_loss(model: LanguageModel, config: Config):
-    """Makes `loss_fn(params, batch, key)`: the cross-entropy of each token given those before it in its window."""
-
-    def loss_fn(params: Params, batch: sft.Batch, key: Key) -> tuple[Scalar, Metrics]:
-        statistics = score_tokens(
-            model.apply,
-            model.head_kernel,
-            params,
-            batch.tokens,
-            batch.mask,
-            chunk_size=config.chunk_size,
-            dropout_key=key if config.dropout > 0 else None,
-        )
-        return cross_entropy_loss(
-            statistics.log_probs,
-            batch.loss_mask[:, 1:],
-            z_loss=config.z_loss,
-            statistics=statistics,
-            weights=batch.weights,
-        )
-
-    return loss_fn
+    """Makes `loss_fn(params, batch, key)`: that of `sft`, where every token of a window but its first is a target."""
+    settings = sft.Config(dropout=config.dropout, chunk_size=config.chunk_size, z_loss=config.z_loss)
+    return sft.make_loss(model, settings)
 
 
 def run(config: Config) -> dict[str, Any]:
