@@ -1,19 +1,34 @@
-"""Calls reward functions on completions and adds their rewards up."""
+"""Calls reward functions on completions and adds their rewards up. What happens when one fails is told here.
 
-import functools
-import inspect
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+| a reward function … | what happens |
+|---|---|
+| needs a column that is not there | `ValueError` at once: a mistake in the program or the data |
+| returns no list, a list of another length, or an entry that is no number | `ValueError` at once, whatever `on_error` |
+| raises (or calls `sys.exit`) | by `on_error`, for the rows on which it raises when it is called with each alone |
+| returns NaN, an infinity, or more than float32 holds | by `on_error`, for that row |
+| takes longer than `timeout` | by `on_error`, for all rows of the call |
+| returns None | does not apply to the row; where nothing applies the total is NaN, and the advantage 0 |
+
+`on_error="raise"` stops with a `RewardError` that names the function, the row, its prompt and its completion. "ignore"
+counts the row as None and adds it to `RewardTable.errors`, which recipes log as `rewards/<name>/errors`.
+
+A function that raised is called again with one row at a time, to find the row. One that compares the rows of its call
+should therefore catch its own exceptions.
+
+A timeout runs the function in a thread, which Python cannot kill: after the timeout it goes on in the background until it
+ends, and takes its share of the processor. What waits, sleeps or loops in Python is bounded. A single call into C that
+keeps the interpreter's lock (a regular expression that backtracks for ever, a huge power) is not, for then nobody can look
+at the clock. Run such a thing in a process of its own.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
-Reward: TypeAlias = Callable[..., Any]
-"""`reward(prompts, completions, **columns) -> list[float | None]`, as in TRL: one number a completion, in units of
-reward, None where the function does not apply. An array of numpy or jax will do. Prompts and completions are strings,
-or lists of messages `{"role", "content"}`; all are called by keyword, so a function takes only what it needs and
-`**columns`."""
+from jaxrl_llm.rewards.calls import LARGEST, OnError, Reward, RewardCall, reward_name
 
 
 class RewardTable(NamedTuple):
@@ -25,6 +40,8 @@ class RewardTable(NamedTuple):
     """Before weighting; NaN where a function does not apply."""
     names: tuple[str, ...]
     """Of the functions, for metrics. A name that occurs again gets a number."""
+    errors: Int[np.ndarray, " functions"]
+    """Rows on which a function failed and was ignored."""
 
 
 def evaluate_rewards(
@@ -34,6 +51,8 @@ def evaluate_rewards(
     columns: Mapping[str, Sequence[Any]] | None = None,
     *,
     reward_weights: Sequence[float] | None = None,
+    on_error: OnError = "raise",
+    timeout: float | None = None,
 ) -> RewardTable:
     """Scores every completion by every function.
 
@@ -42,11 +61,14 @@ def evaluate_rewards(
         prompts: One for each completion (the completions of one prompt are contiguous, the prompt repeated).
         completions: What the model wrote, without special tokens.
         columns: The other columns of the data, one entry for each completion.
-        reward_weights: One for each function; None for all 1.
+        reward_weights: One for each function, finite; None for all 1.
+        on_error: What a failure does, by the table of the module.
+        timeout: Seconds that each function may take for all rows; None or 0: no limit.
 
     Raises:
+        RewardError: If a function fails, with `on_error="raise"`.
         ValueError: If the lengths do not agree, a function needs a column that is not there, or it returns something
-            other than one finite number or None for each completion. The message names the function.
+            other than one number or None for each completion. The message names the function.
 
     Example:
         >>> from jaxrl_llm.rewards import exact_match
@@ -60,16 +82,16 @@ def evaluate_rewards(
     """
     columns = {} if columns is None else columns
     _check_lengths(prompts, completions, columns)
-    weights = np.ones(len(reward_funcs)) if reward_weights is None else np.asarray(reward_weights, float)
-    if not reward_funcs or weights.shape != (len(reward_funcs),):
-        raise ValueError(
-            f"reward_weights must hold one weight for each of the {len(reward_funcs)} reward functions (at least one), "
-            f"got {reward_weights}."
-        )
-    scores = [_score(function, prompts, completions, columns) for function in reward_funcs]
-    per_function = np.stack(scores, axis=1)
+    _check_options(on_error, timeout)
+    weights = _weights(reward_weights, len(reward_funcs))
+    everything = {"prompts": prompts, "completions": completions, **columns}
+    scored = [RewardCall(function, everything, on_error, timeout).scores() for function in reward_funcs]
+    per_function = np.stack([scores for scores, _ in scored], axis=1)
     total = np.where(np.isnan(per_function).all(axis=1), np.nan, np.nansum(per_function * weights, axis=1))
-    return RewardTable(total.astype(np.float32), per_function.astype(np.float32), _names(reward_funcs))
+    if np.any(np.abs(total) > LARGEST):
+        raise ValueError(f"A weighted sum of rewards exceeds float32: reward_weights are {weights.tolist()}.")
+    errors = np.array([failed for _, failed in scored], int)
+    return RewardTable(total.astype(np.float32), per_function.astype(np.float32), _names(reward_funcs), errors)
 
 
 def _check_lengths(prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> None:
@@ -82,52 +104,23 @@ def _check_lengths(prompts: Sequence[Any], completions: Sequence[Any], columns: 
         raise ValueError(f"Columns may not be called {sorted(reserved)}: these are arguments of every reward function.")
 
 
-def _score(
-    function: Reward, prompts: Sequence[Any], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
-) -> np.ndarray:
-    arguments = _accepted(function, {"prompts": prompts, "completions": completions, **columns})
-    returned, name = function(**arguments), _name(function)
-    rewards = returned if isinstance(returned, list | tuple) else np.asarray(returned).tolist()
-    if not isinstance(rewards, list | tuple):
-        raise ValueError(f"Reward {name!r} returned a {type(returned).__name__}; expected a list of numbers or None.")
-    if len(rewards) != len(completions):
-        raise ValueError(f"Reward {name!r} returned {len(rewards)} rewards for {len(completions)} completions.")
-    scores = [np.nan if reward is None else _number(reward, name, row) for row, reward in enumerate(rewards)]
-    return np.array(scores, float)
+def _check_options(on_error: str, timeout: float | None) -> None:
+    if on_error not in get_args(OnError):
+        raise ValueError(f"on_error must be one of {get_args(OnError)}, got {on_error!r}.")
+    if timeout is not None and not 0 <= timeout < threading.TIMEOUT_MAX:
+        raise ValueError(f"timeout must be a number of seconds, or 0 for no limit, got {timeout}.")
 
 
-def _accepted(function: Reward, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Selects the arguments that the function names, or all if it takes `**columns`."""
-    parameters = inspect.signature(function).parameters.values()
-    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if missing := [name for name in required if name not in arguments]:
+def _weights(reward_weights: Sequence[float] | None, count: int) -> np.ndarray:
+    weights = np.ones(count) if reward_weights is None else np.asarray(reward_weights, float)
+    if not count or weights.shape != (count,) or not np.isfinite(weights).all():
         raise ValueError(
-            f"Reward {_name(function)!r} needs {missing}; there are {sorted(arguments)}. Add the column to the data."
+            f"reward_weights must hold one weight for each of the {count} reward functions (at least one), all finite; "
+            f"got {reward_weights}."
         )
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return arguments
-    return {p.name: arguments[p.name] for p in parameters if p.name in arguments}
-
-
-def _number(reward: Any, name: str, row: int) -> float:
-    try:
-        number = math.nan if isinstance(reward, str | bytes) else float(reward)
-    except TypeError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(
-            f"Reward {name!r} returned {str(reward)[:60]!r} for row {row}; expected a finite number, or None where the "
-            "function does not apply."
-        )
-    return number
+    return weights
 
 
 def _names(functions: Sequence[Reward]) -> tuple[str, ...]:
-    names = [_name(function) for function in functions]
+    names = [reward_name(function) for function in functions]
     return tuple(f"{name}_{names[:i].count(name) + 1}" if name in names[:i] else name for i, name in enumerate(names))
-
-
-def _name(function: Reward) -> str:
-    if isinstance(function, functools.partial):
-        return _name(function.func)
-    return getattr(function, "__name__", type(function).__name__)

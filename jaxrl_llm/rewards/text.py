@@ -25,7 +25,7 @@ def exact_match(
         [1.0, 0.0, None]
     """
     return [
-        None if right is None else float(_text(got).strip() == str(right).strip())
+        None if right is None else float(completion_text(got).strip() == str(right).strip())
         for got, right in zip(completions, answer, strict=True)
     ]
 
@@ -52,13 +52,16 @@ def numeric_match(
     """
     targets = [None if right is None else _target(right) for right in answer]
     return [
-        None if target is None else float(_last_number(_text(got)) == target)
+        None if target is None else float(_last_number(completion_text(got)) == target)
         for got, target in zip(completions, targets, strict=True)
     ]
 
 
-def _text(completion: Any) -> str:
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+def completion_text(completion: Any) -> str:
+    """The text of a completion: itself, or the content of the last message."""
+    if isinstance(completion, str):
+        return completion
+    return (completion[-1]["content"] or "") if completion else ""
 
 
 def _target(answer: Any) -> Decimal:
