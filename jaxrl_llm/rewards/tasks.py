@@ -135,7 +135,7 @@ def task_rows(
     return rows
 
 
-def named_task_rows(name: str, *, split: Split = "train") -> list[dict[str, Any]]:
+def named_task_rows(name: str, *, split: str = "train") -> list[dict[str, Any]]:
     """Makes the rows of a task from one string, as a command line gives it.
 
     Args:
@@ -147,8 +147,8 @@ def named_task_rows(name: str, *, split: Split = "train") -> list[dict[str, Any]
         ValueError: As `task_rows`; and if the name has another form.
     """
     call = CALL.fullmatch(name)
-    options = parse_options(call["options"], name) if call else {}
-    return task_rows(call["name"] if call else name, **{"split": split, **options})
+    options: dict[str, Any] = {"split": split, **(parse_options(call["options"], name) if call else {})}
+    return task_rows(call["name"] if call else name, **options)
 
 
 @makes_reward

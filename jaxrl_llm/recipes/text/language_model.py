@@ -24,11 +24,13 @@ from jaxrl_llm.data.sums import ALPHABET
 from jaxrl_llm.data.tokenizers import Tokenizer
 from jaxrl_llm.models import GPT2, Decoder, GPT2Config, Llama, LlamaConfig, ScalarHead, from_pretrained, head_kernel
 from jaxrl_llm.recipes.options import ModelOptions
+from jaxrl_llm.rewards import named_task_rows
 from jaxrl_llm.rollouts import generate
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
 from jaxrl_llm.types import Key, Params
 
 CHARACTERS = "characters:"
+TASK = "task:"
 
 
 class LanguageModel(NamedTuple):
@@ -120,7 +122,13 @@ def _tokenizer(name: str) -> Tokenizer:
 
 
 def read_dataset(dataset: str, split: str = "train") -> list[Row]:
-    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`."""
+    """Reads a dataset: `wordnet` and `sums` come with the library, all else is a file or a name of `datasets`.
+
+    "task:chain_sum(min_terms=2, max_terms=2)" is a task of reasoning-gym, with arguments of `task_rows` (`size`, `seed`,
+    `template`, `chat`) and options of its own; the split is "train", "held_out" or "all".
+    """
+    if dataset.startswith(TASK):
+        return as_rows(named_task_rows(dataset.removeprefix(TASK), split=split), dataset)
     if dataset == "wordnet":
         return as_rows(wordnet_definitions(), dataset)
     if dataset == "sums":

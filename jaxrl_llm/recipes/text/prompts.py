@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.data import PromptExample, collate_prompts, reward_columns, tokenize_prompt_rows
-from jaxrl_llm.data.tokenizers import encode_text
+from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
+from jaxrl_llm.recipes.text import model_rewards
 from jaxrl_llm.recipes.text.language_model import LanguageModel, decode
-from jaxrl_llm.rewards import evaluate_rewards, load_reward
+from jaxrl_llm.rewards import OnError, evaluate_rewards, load_reward
 from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.types import Metrics
 
 Columns: TypeAlias = Mapping[str, Array]
 TraceableReward: TypeAlias = Callable[[Completions, Columns], Float[Array, " rows"]]
-"""`reward(completions, columns) -> [rows]`: the columns are arrays with one row for each completion."""
+"""`reward(completions, columns) -> [rows]`: the columns are arrays with one row for each completion; `prompt_ids` and
+`prompt_mask` are among them."""
 
 
 class Prompts(NamedTuple):
@@ -45,7 +47,8 @@ class PromptTable(NamedTuple):
         """Collates some of the prompts, left-padded to the length of all, so that one shape compiles."""
         rows = collate_prompts([self.tokens[i] for i in indices], pad_id=pad_id, length=self.length)
         columns = {name: jnp.asarray(values[np.asarray(indices)]) for name, values in self.arrays.items()}
-        return Prompts(jnp.asarray(rows.prompt_ids), jnp.asarray(rows.prompt_mask), columns)
+        ids, mask = jnp.asarray(rows.prompt_ids), jnp.asarray(rows.prompt_mask)
+        return Prompts(ids, mask, {**columns, "prompt_ids": ids, "prompt_mask": mask})
 
 
 def make_prompt_table(
@@ -80,16 +83,25 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-def load_traceable_reward(names: Sequence[str], weights: Sequence[float], eos_id: int) -> TraceableReward:
+def load_traceable_reward(
+    names: Sequence[str], weights: Sequence[float], eos_id: int, *, tokenizer: Tokenizer | None = None
+) -> TraceableReward:
     """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into their weighted sum.
 
-    Each is given the arguments that it names (`eos_id` among them), or all if it takes `**columns`.
+    Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
+    `**columns`.
+
+    Args:
+        names: As `load_reward` takes them, or "reward_model:path/to/folder".
+        weights: One for each; empty: all 1.
+        eos_id: The token that ends a completion.
+        tokenizer: That of the policy: a reward model must have its tokens.
 
     Raises:
         ValueError: If a function names an argument that is not there, or returns anything but one number for each
-            completion (raised when it is traced).
+            completion (raised when it is traced); if a reward model has other tokens.
     """
-    functions = [load_reward(name) for name in names]
+    functions = [_load_traceable(name, tokenizer) for name in names]
 
     def reward(completions: Completions, columns: Columns) -> Float[Array, " rows"]:
         # What was sampled comes last: a dataset may have a column `completion` of its own.
@@ -108,6 +120,12 @@ def load_traceable_reward(names: Sequence[str], weights: Sequence[float], eos_id
     return reward
 
 
+def _load_traceable(name: str, tokenizer: Tokenizer | None) -> Callable:
+    if not name.startswith(model_rewards.PREFIX):
+        return load_reward(name)
+    return model_rewards.load_token_reward(name.removeprefix(model_rewards.PREFIX), tokenizer)
+
+
 def _arguments(function: Callable, name: str, given: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
@@ -122,29 +140,93 @@ def _arguments(function: Callable, name: str, given: dict[str, Any]) -> dict[str
 
 
 class HostRewards(NamedTuple):
-    """Python reward functions, called on decoded text."""
+    """Python reward functions, called on decoded text; `prompt_ids` and `completion_ids` are columns.
+
+    Attributes:
+        model: The policy.
+        functions: Reward functions.
+        weights: One for each, or None for all 1.
+        errors: What a function does that fails, `on_error` of `evaluate_rewards`.
+        timeout: Seconds that each function may take for the completions of an iteration; None or 0: no limit.
+    """
 
     model: LanguageModel
     functions: list[Callable]
     weights: Sequence[float] | None
+    errors: OnError = "raise"
+    timeout: float | None = None
 
     def __call__(
         self, table: PromptTable, indices: np.ndarray, completions: Completions
     ) -> tuple[Float[np.ndarray, " rows"], dict[str, Any]]:
-        """Scores the completions of some prompts; returns totals, and the mean and deviation of each function."""
+        """Scores the completions of some prompts.
+
+        Returns:
+            Totals, and `rewards/<name>/mean` and `rewards/<name>/std` of each function where it applies; where errors are
+            ignored, `rewards/<name>/errors` too, the number of completions on which it failed.
+        """
         texts = decode(self.model.tokenizer, completions.ids, completions.mask)
         rows = np.repeat(indices, len(texts) // len(indices))
         prompts = [table.texts[i] for i in rows]
         if prompts and not isinstance(prompts[0], str):
             texts = [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: [values[i] for i in rows] for name, values in table.columns.items()}
-        scored = evaluate_rewards(self.functions, prompts, texts, columns, reward_weights=self.weights)
+        # What was sampled comes last: a dataset may have a column of this name.
+        columns["prompt_ids"] = [table.tokens[i].tolist() for i in rows]
+        columns["completion_ids"] = _id_lists(completions)
+        scored = evaluate_rewards(
+            self.functions,
+            prompts,
+            texts,
+            columns,
+            reward_weights=self.weights,
+            on_error=self.errors,
+            timeout=self.timeout,
+        )
         metrics = {}
-        for name, values in zip(scored.names, scored.per_function.T, strict=True):
+        for name, values, failed in zip(scored.names, scored.per_function.T, scored.errors, strict=True):
             values = values[~np.isnan(values)]
             metrics[f"rewards/{name}/mean"] = values.mean() if values.size else np.nan
             metrics[f"rewards/{name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
+            if self.errors == "ignore":
+                metrics[f"rewards/{name}/errors"] = float(failed)
         return scored.total, metrics
+
+
+def _id_lists(completions: Completions) -> list[list[int]]:
+    ids, lengths = np.asarray(completions.ids), np.asarray(completions.mask).sum(-1)
+    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+
+def load_host_rewards(
+    model: LanguageModel,
+    names: Sequence[str],
+    weights: Sequence[float] = (),
+    *,
+    errors: OnError = "raise",
+    timeout: float | None = None,
+) -> HostRewards:
+    """Loads reward functions by name.
+
+    Args:
+        model: The policy.
+        names: As `load_reward` takes them, or "reward_model:path/to/folder".
+        weights: One for each; empty: all 1.
+        errors: As in `HostRewards`.
+        timeout: As in `HostRewards`.
+
+    Raises:
+        FileNotFoundError: If there is no such reward model.
+        ValueError: If a name or its options are wrong.
+    """
+    return HostRewards(model, [_load_host(name, model) for name in names], tuple(weights) or None, errors, timeout)
+
+
+def _load_host(name: str, model: LanguageModel) -> Callable:
+    if not name.startswith(model_rewards.PREFIX):
+        return load_reward(name)
+    scorer = model_rewards.load_scorer(name.removeprefix(model_rewards.PREFIX))
+    return model_rewards.RewardModelReward(scorer, model.tokenizer)
 
 
 class TracedRewards(NamedTuple):

@@ -105,6 +105,7 @@ def in_batches(
     collate: Callable[[Sequence[T], int], Any],
     *,
     batch_size: int,
+    max_length: int | None = None,
 ) -> Any:
     """Scores all rows, those of like length together, and gives the scores back in the order of the rows.
 
@@ -114,13 +115,15 @@ def in_batches(
         length: Tokens of a row.
         collate: `collate(rows, length) -> batch`, a `TokenBatch` or a tuple of several.
         batch_size: Rows of a batch; the last one is filled up with rows whose scores are thrown away.
+        max_length: Tokens that a batch is padded to at most; None: those of the longest row. Give it where rows come again
+            and again, so that their shapes stay few.
 
     Returns:
         The tree with numpy arrays [rows, …]; a tuple of trees where a batch is a tuple.
     """
     lengths = np.array([length(row) for row in rows])
     order = np.argsort(lengths, kind="stable")
-    size, longest = min(batch_size, len(rows)), int(lengths.max())
+    size, longest = min(batch_size, len(rows)), int(lengths.max()) if max_length is None else max_length
     parts = []
     for start in range(0, len(rows), size):
         indices = np.resize(order[start : start + size], size)
