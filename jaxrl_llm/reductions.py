@@ -35,6 +35,21 @@ def sum_over_axis(tree: Any, axis_name: str | None) -> Any:
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
+def mark_varying(tree: Any, axis_name: str | None) -> Any:
+    """Marks replicated leaves as varying over the axis, so that the gradient is this device's share.
+
+    (Under `shard_map` with check_vma, the gradient of a replicated leaf would be summed over devices by itself, and
+    our own sum would count it once for each device. Under `vmap` there is nothing to mark.)
+    """
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
+        return tree
+
+    def mark(x: Array) -> Array:
+        return x if axis_name in jax.typeof(x).manual_axis_type.varying else jax.lax.pcast(x, axis_name, to="varying")
+
+    return jax.tree.map(mark, tree)
+
+
 def token_weights(
     mask: Mask,
     reduction: Reduction,

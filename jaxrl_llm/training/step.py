@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from jaxrl_llm.reductions import combine_metrics, combine_metrics_over_axis, sum_over_axis
+from jaxrl_llm.reductions import combine_metrics, combine_metrics_over_axis, mark_varying, sum_over_axis
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
 Batch: TypeAlias = Any
@@ -19,6 +19,8 @@ LossFunction: TypeAlias = Callable[[Params, Batch, Key], tuple[Scalar, Metrics]]
 """`loss_fn(params, batch, key) -> (loss, metrics)`: joins a model and losses; a recipe writes it."""
 WeightsFunction: TypeAlias = Callable[[Batch, str | None], Any]
 """`weights_fn(batch, axis_name) -> weights`: see `reductions.loss_weights`."""
+ExtraArgsFunction: TypeAlias = Callable[[Params, Batch, Key], dict[str, Any]]
+"""`extra_args_fn(params, batch, key) -> {name: value}`: what `optimizer.update` needs besides the gradient."""
 
 
 class TrainState(NamedTuple):
@@ -48,6 +50,8 @@ def make_train_step(
     num_microbatches: int = 1,
     axis_name: str | None = None,
     skip_nonfinite: bool = False,
+    extra_args_fn: ExtraArgsFunction | None = None,
+    optimizer_metrics_fn: Callable[[optax.OptState], Metrics] | None = None,
 ) -> Callable[[TrainState, Batch, Key], tuple[TrainState, Metrics]]:
     """Makes `step(state, batch, key) -> (state, metrics)`.
 
@@ -64,11 +68,17 @@ def make_train_step(
             gets rows i, i + k, i + 2k … so that a batch sharded over devices stays where it is.
         axis_name: Mapped axis of `jax.pmap` or `jax.shard_map` over which to sum. Under jit with shardings: None.
         skip_nonfinite: Leave parameters and optimizer state as they are if the gradient is not finite.
+        extra_args_fn: `extra_args_fn(params, batch, key)` makes keyword arguments for `optimizer.update`, such as the
+            functions that `natural_gradient` needs. It gets the parameters before the step and the whole batch (of this
+            device, with its weights): micro-batches do not split what these functions do. An optimizer that sums over
+            devices must be given `axis_name` here.
+        optimizer_metrics_fn: Reads metrics from the optimizer's new state, such as
+            `optimizers.natural_gradient_metrics`.
 
     Returns:
         The step. It folds `state.step` into the key, then the micro-batch, then the device, so one key serves a whole
         run and a resumed run repeats exactly. Metrics are those of the loss with `loss`, `grad_norm` (before clipping)
-        and `grad_nonfinite` (1 if the gradient held a NaN or infinity).
+        and `grad_nonfinite` (1 if the gradient held a NaN or infinity), and those of the optimizer.
 
     Raises:
         ValueError: If micro-batches come without `weights_fn`, or do not divide the batch (raised by the step).
@@ -87,13 +97,18 @@ def make_train_step(
         key = jax.random.fold_in(key, state.step)
         if weights_fn is not None:
             batch = _with_weights(batch, weights_fn(batch, axis_name))
-        params = _mark_varying(state.params, axis_name)
+        params = mark_varying(state.params, axis_name)
         loss, metrics, grads = _accumulate(grad_fn, params, batch, key, num_microbatches, axis_name)
         loss, grads = sum_over_axis((loss, grads), axis_name)
         metrics = combine_metrics_over_axis(metrics, axis_name)
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(grad_norm)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        extra_args = {}
+        if extra_args_fn is not None:
+            extra_args = extra_args_fn(state.params, batch, _part_key(key, num_microbatches, axis_name))
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, **extra_args)
+        if optimizer_metrics_fn is not None:
+            metrics |= optimizer_metrics_fn(opt_state)
         params = optax.apply_updates(state.params, updates)
         if skip_nonfinite:
             kept = params, opt_state, state.params, state.opt_state
@@ -110,10 +125,7 @@ def _accumulate(
     """Sums loss, metrics and gradient over the micro-batches of this device."""
 
     def one(microbatch: Batch, index: Array | int) -> tuple[Scalar, Metrics, Params]:
-        microbatch_key = jax.random.fold_in(key, index)
-        if axis_name is not None:
-            microbatch_key = jax.random.fold_in(microbatch_key, jax.lax.axis_index(axis_name))
-        (loss, metrics), grads = grad_fn(params, microbatch, microbatch_key)
+        (loss, metrics), grads = grad_fn(params, microbatch, _part_key(key, index, axis_name))
         return loss, metrics, grads
 
     if num_microbatches == 1:
@@ -123,10 +135,16 @@ def _accumulate(
         loss, metrics, grads = one(*step)
         return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
-    zeros = _mark_varying(jax.tree.map(jnp.zeros_like, params), axis_name)
+    zeros = mark_varying(jax.tree.map(jnp.zeros_like, params), axis_name)
     parts = _split(batch, num_microbatches), jnp.arange(num_microbatches)
     grads, (losses, metrics) = jax.lax.scan(body, zeros, parts)
     return losses.sum(), combine_metrics(metrics), grads
+
+
+def _part_key(key: Key, index: Array | int, axis_name: str | None) -> Key:
+    """Derives the key of a micro-batch (the index after the last: of the extra arguments) on this device."""
+    key = jax.random.fold_in(key, index)
+    return key if axis_name is None else jax.random.fold_in(key, jax.lax.axis_index(axis_name))
 
 
 def _split(batch: Batch, num_microbatches: int) -> Batch:
@@ -152,18 +170,3 @@ def _with_weights(batch: Batch, weights: Any) -> Batch:
         f"weights_fn needs a batch to put the weights into: a dict, or a NamedTuple with a field `weights`, got "
         f"{type(batch).__name__}."
     )
-
-
-def _mark_varying(tree: Params, axis_name: str | None) -> Params:
-    """Marks replicated leaves as varying over the axis, so that the gradient is this device's share.
-
-    (Under `shard_map` with check_vma, the gradient of a replicated leaf would be summed over devices by itself, and
-    our own sum would count it once for each device. Under `vmap` there is nothing to mark.)
-    """
-    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:
-        return tree
-
-    def mark(x: Array) -> Array:
-        return x if axis_name in jax.typeof(x).manual_axis_type.varying else jax.lax.pcast(x, axis_name, to="varying")
-
-    return jax.tree.map(mark, tree)
