@@ -31,6 +31,34 @@ def categorical_kl(
     return _kl(_log_softmax(logits_p), _log_softmax(logits_q))
 
 
+def gaussian_kl(
+    mean_p: Float[Array, "*shape actions"],
+    log_std_p: Float[Array, "*shape actions"],
+    mean_q: Float[Array, "*shape actions"],
+    log_std_q: Float[Array, "*shape actions"],
+) -> Float[Array, "*shape"]:
+    r"""Computes the exact $\mathrm{KL}(p\,\|\,q)$ of two Gaussians with diagonal covariance, in nats.
+
+    $$ \sum_i \log\frac{\sigma_{q,i}}{\sigma_{p,i}} + \frac{\sigma_{p,i}^2 + (\mu_{p,i} - \mu_{q,i})^2}{2\sigma_{q,i}^2}
+    - \frac12 $$
+
+    Args:
+        mean_p: Mean of the distribution that the divergence averages under.
+        log_std_p: Logarithm of its standard deviations.
+        mean_q: Mean of the other.
+        log_std_q: Logarithm of its standard deviations.
+
+    Example:
+        >>> zero, one = jnp.zeros(1), jnp.ones(1)
+        >>> float(gaussian_kl(one, zero, zero, zero))
+        0.5
+    """
+    difference = log_std_p - log_std_q
+    # expm1(2d) - 2d and not a ratio of variances: exactly 0 for equal ones, and few digits lost for close ones.
+    spread = jnp.expm1(2 * difference) - 2 * difference
+    return jnp.sum(spread + ((mean_p - mean_q) * jnp.exp(-log_std_q)) ** 2, axis=-1) / 2
+
+
 def _log_softmax(logits: Array, temperature: Numeric = 1.0) -> Array:
     return jax.nn.log_softmax(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)) / temperature, axis=-1)
 
