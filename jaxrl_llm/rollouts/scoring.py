@@ -89,15 +89,24 @@ def score_completions(
         temperature: That of the sampling.
         chunk_size: Positions along time whose logits exist at once.
     """
+    with jax.named_scope("score"):
+        hidden = completion_states(apply, params, prompt_ids, prompt_mask, completion_ids, completion_mask)
+        return chunked_token_statistics(
+            hidden, head_kernel(params), completion_ids, temperature=temperature, chunk_size=chunk_size
+        )
+
+
+def completion_states(
+    apply: Apply,
+    params: Params,
+    prompt_ids: Int[Array, "rows prompt_time"],
+    prompt_mask: Mask,
+    completion_ids: Int[Array, "rows time"],
+    completion_mask: Mask,
+) -> Float[Array, "rows time hidden"]:
+    """Computes the last hidden states that predict the tokens of completions; arguments as in `score_completions`."""
     prompt_ids, prompt_real = left_pad(prompt_ids, prompt_mask)
     tokens = jnp.concatenate([prompt_ids, completion_ids], axis=1)
     mask = jnp.concatenate([prompt_real, jnp.asarray(completion_mask) != 0], axis=1)
-    with jax.named_scope("score"):
-        hidden, _ = apply({"params": params}, tokens[:, :-1], mask=mask[:, :-1], output="hidden")
-        return chunked_token_statistics(
-            hidden[:, prompt_ids.shape[1] - 1 :],
-            head_kernel(params),
-            completion_ids,
-            temperature=temperature,
-            chunk_size=chunk_size,
-        )
+    hidden, _ = apply({"params": params}, tokens[:, :-1], mask=mask[:, :-1], output="hidden")
+    return hidden[:, prompt_ids.shape[1] - 1 :]
