@@ -84,7 +84,17 @@ def test_metrics_have_the_names_of_trl(finished):
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
     names |= {"logps/chosen", "logps/rejected"}
     last = curve(finished[0].output_dir)[-1]
-    assert set(last) >= names | {f"eval_{name}" for name in names} | {"grad_norm", "learning_rate", "epoch"}
+    steps = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    assert set(last) >= names | {f"eval_{name}" for name in names} | steps
+
+
+def test_the_tokens_of_both_responses_are_counted_each_with_its_prompt(finished):
+    config, _ = finished
+    rows = load_rows(config.dataset)
+    train = [rows[i].fields for i in split_indices(len(rows), held_out=0.25, seed=0)[0]]
+    one_epoch = sum(2 * len(row["prompt"]) + len(row["chosen"]) + len(row["rejected"]) + 2 for row in train)  # 2 EOS
+    lines = {line["step"]: line for line in curve(config.output_dir)}
+    assert lines[9]["num_tokens"] == 2 * one_epoch  # 9 batches of 4 are 18 pairs twice
 
 
 def test_rewards_are_sums_over_responses_against_the_frozen_start_and_evaluations_are_exact(finished):

@@ -67,18 +67,54 @@ def test_a_run_tells_the_good_from_the_bad_and_leaves_everything_behind(finished
 
 def test_metrics_have_the_names_of_trl(finished):
     names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected", "kl"}
+    names |= {"logits/chosen", "logits/rejected", "entropy"}
     last = curve(finished[0].output_dir)[-1]
-    assert set(last) >= names | {f"eval_{name}" for name in names} | {"grad_norm", "learning_rate", "epoch"}
+    steps = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    assert set(last) >= names | {f"eval_{name}" for name in names} | steps
+
+
+def tokenized_rows(config):
+    """Rows to train on and held-out ones, tokenized; the latter sorted by prompt, as a run has them."""
+    rows = load_rows(config.dataset)
+    tokenizer = load_model(config, run_keys(config.seed)[0]).tokenizer
+    parts = split_indices(len(rows), held_out=0.25, seed=0)
+    examples = ([example for i in part for example in unpaired_examples(rows[i])] for part in parts)
+    train, held_out = (tokenize_unpaired_rows(part, tokenizer).rows for part in examples)
+    return train, sorted(held_out, key=lambda row: row.prompt_ids.tobytes())
+
+
+def test_tokens_are_counted_with_their_prompts_and_without_the_mismatched(finished):
+    config, _ = finished
+    one_epoch = sum(len(row.prompt_ids) + len(row.completion_ids) for row in tokenized_rows(config)[0])
+    lines = {line["step"]: line for line in curve(config.output_dir)}
+    assert lines[9]["num_tokens"] == 2 * one_epoch  # 9 batches of 6 are 27 rows twice
+
+
+def test_token_metrics_are_means_over_the_tokens_of_each_class(finished):
+    config, figures = finished
+    module, params, _ = from_pretrained(figures["model"])
+    logits_of = jax.jit(lambda tokens: module.apply({"params": params}, tokens)[0][0])
+    sums = {True: np.zeros(3), False: np.zeros(3)}  # of the mean logit, of the entropy, and the number of tokens
+    for row in tokenized_rows(config)[1]:
+        ids = np.concatenate([row.prompt_ids, row.completion_ids])
+        padded = np.pad(ids[:-1], (0, 16 - len(ids) + 1))[None]
+        logits = np.asarray(logits_of(padded), np.float64)
+        logits = logits[len(row.prompt_ids) - 1 : len(ids) - 1]  # they predict the completion
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        entropy = -(np.exp(log_probs) * log_probs).sum(-1)
+        sums[row.label] += [logits.mean(-1).sum(), entropy.sum(), len(entropy)]
+    good, bad = sums[True], sums[False]
+    assert good[2] != bad[2]
+    assert figures["eval_logits/chosen"] == pytest.approx(good[0] / good[2], abs=1e-5)
+    assert figures["eval_logits/rejected"] == pytest.approx(bad[0] / bad[2], abs=1e-5)
+    assert figures["eval_entropy"] == pytest.approx((good[1] + bad[1]) / (good[2] + bad[2]), abs=1e-5)
 
 
 def test_evaluations_are_exact_with_the_reference_point_of_each_batch(finished):
     config, figures = finished
     before = load_model(config, run_keys(config.seed)[0])
     after = from_pretrained(figures["model"])[1]
-    rows = load_rows(config.dataset)
-    held_out = split_indices(len(rows), held_out=0.25, seed=0)[1]
-    examples = [example for i in held_out for example in unpaired_examples(rows[i])]
-    tokens = sorted(tokenize_unpaired_rows(examples, before.tokenizer).rows, key=lambda row: row.prompt_ids.tobytes())
+    tokens = tokenized_rows(config)[1]
     assert len(tokens) == 9 > config.per_device_train_batch_size
 
     def log_ratios(completions):

@@ -76,7 +76,8 @@ def test_a_run_learns_the_preference_and_leaves_everything_behind(finished):
 def test_metrics_have_the_names_of_trl(finished):
     names = {"loss", "accuracy", "margin", "mean_reward", "min_reward", "max_reward"}
     last = curve(finished[0].output_dir)[-1]
-    assert set(last) >= names | {f"eval_{name}" for name in names} | {"grad_norm", "learning_rate", "epoch"}
+    steps = {"grad_norm", "learning_rate", "epoch", "num_tokens"}
+    assert set(last) >= names | {f"eval_{name}" for name in names} | steps
 
 
 def test_evaluations_are_those_of_the_saved_model_at_the_end_of_each_text(finished):

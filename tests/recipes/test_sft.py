@@ -303,8 +303,9 @@ def test_streaming_reads_and_tokenizes_no_row_before_its_turn_and_counts_rows_wi
     (before, after) = curve(config.output_dir)
     assert "num_rows_without_targets" not in before
     assert (after["step"], after["num_rows_without_targets"], after["num_rows_truncated"]) == (1, 1, 1)
-    data = [json.loads(lines[i])["completion"] for i in sorted(batches[0] - {first})]
-    assert after["num_tokens"] == sum(len(completion) + 1 for completion in data)
+    data = [json.loads(lines[i]) for i in sorted(batches[0] - {first})]
+    read = sum(len(row["prompt"]) + len(row["completion"]) + 1 for row in data)
+    assert after["num_tokens"] == read + 12  # the row without targets was cut to 12
 
 
 def test_noise_on_the_embeddings_changes_training_and_no_evaluation(task_of):

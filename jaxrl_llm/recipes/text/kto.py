@@ -14,6 +14,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
@@ -25,6 +26,7 @@ from jaxrl_llm.data import (
     tokenize_unpaired_rows,
     unpaired_examples,
 )
+from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import kto_kl, kto_loss, sequence_log_probs, unpaired_weights
 from jaxrl_llm.losses.unpaired import KTOLossType, UnpairedWeights
 from jaxrl_llm.recipes.options import require
@@ -41,6 +43,7 @@ from jaxrl_llm.recipes.text.offline import (
     targets,
     train_offline,
 )
+from jaxrl_llm.reductions import token_weights, weighted_sum
 from jaxrl_llm.rollouts import score_tokens
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
@@ -81,6 +84,22 @@ class LogProbs(NamedTuple):
     mismatched: Float[Array, " batch"] | None
 
 
+class Weights(NamedTuple):
+    """Weights of means over all responses of a batch, and over their tokens.
+
+    Attributes:
+        rows: Of each response.
+        chosen: Of each token of the desirable responses.
+        rejected: Of each token of the undesirable ones.
+        both: Of each token of all responses.
+    """
+
+    rows: UnpairedWeights
+    chosen: Float[Array, "batch targets"]
+    rejected: Float[Array, "batch targets"]
+    both: Float[Array, "batch targets"]
+
+
 class Batch(NamedTuple):
     """Labelled responses, with what the reference thinks of them and the reference point of the whole batch."""
 
@@ -90,7 +109,7 @@ class Batch(NamedTuple):
     real: Bool[Array, " batch"]
     reference: LogProbs | None = None
     kl: Float[Array, " batch"] | None = None
-    weights: UnpairedWeights | None = None
+    weights: Weights | None = None
 
 
 def validate(config: Config) -> None:
@@ -106,9 +125,11 @@ def validate(config: Config) -> None:
 
 
 def make_score(model: LanguageModel, config: Config):
-    """Makes `score(params, batch, key=None) -> [batch]`, the summed log-probability of each completion."""
+    """Makes `score(params, batch, key=None)`: the summed log-probability of each completion, and the tokens' statistics."""
 
-    def score(params: Params, batch: TokenBatch, key: Key | None = None) -> Float[Array, " batch"]:
+    def score(
+        params: Params, batch: TokenBatch, key: Key | None = None
+    ) -> tuple[Float[Array, " batch"], TokenStatistics]:
         statistics = score_tokens(
             model.apply,
             model.head_kernel,
@@ -118,7 +139,7 @@ def make_score(model: LanguageModel, config: Config):
             chunk_size=config.chunk_size,
             dropout_key=key if config.dropout > 0 else None,
         )
-        return sequence_log_probs(statistics.log_probs, targets(batch))
+        return sequence_log_probs(statistics.log_probs, targets(batch)), statistics
 
     return score
 
@@ -128,8 +149,8 @@ def make_reference(model: LanguageModel, config: Config):
     score = make_score(model, config)
 
     def reference_fn(params: Params, batch: Batch) -> LogProbs:
-        mismatched = score(params, batch.mismatched) if config.loss_type == "kto" else None
-        return LogProbs(score(params, batch.completions), mismatched)
+        mismatched = score(params, batch.mismatched)[0] if config.loss_type == "kto" else None
+        return LogProbs(score(params, batch.completions)[0], mismatched)
 
     return reference_fn
 
@@ -141,7 +162,7 @@ def make_reference_point(model: LanguageModel, config: Config):
     def prepare(params: Params, batch: Batch) -> Batch:
         assert batch.reference is not None
         assert batch.reference.mismatched is not None
-        kl = kto_kl(score(params, batch.mismatched), batch.reference.mismatched, mask=batch.real)
+        kl = kto_kl(score(params, batch.mismatched)[0], batch.reference.mismatched, mask=batch.real)
         return batch._replace(kl=jnp.broadcast_to(kl, batch.real.shape))
 
     return prepare
@@ -155,8 +176,9 @@ def make_loss(model: LanguageModel, config: Config):
         assert batch.reference is not None
         weights = batch_weights(batch) if batch.weights is None else batch.weights
         kl = jnp.zeros(()) if batch.kl is None else batch.kl[0]
+        log_probs, statistics = score(params, batch.completions, key)
         loss, metrics = kto_loss(
-            score(params, batch.completions, key),
+            log_probs,
             batch.reference.responses,
             batch.labels,
             beta=config.beta,
@@ -164,16 +186,29 @@ def make_loss(model: LanguageModel, config: Config):
             loss_type=config.loss_type,
             desirable_weight=config.desirable_weight,
             undesirable_weight=config.undesirable_weight,
-            weights=weights,
+            weights=weights.rows,
         )
-        return loss, metrics | {"kl": kl * weights.rows.sum()}
+        metrics |= {"kl": kl * weights.rows.rows.sum()}
+        return loss, metrics | jax.lax.stop_gradient(token_metrics(statistics, weights))
 
     return loss_fn
 
 
-def batch_weights(batch: Batch, axis_name: str | None = None) -> UnpairedWeights:
+def token_metrics(statistics: TokenStatistics, weights: Weights) -> Metrics:
+    """Means over tokens; mean logits as TRL has them, averaged over the vocabulary."""
+    logits = statistics.mean_log_probs + statistics.logsumexp
+    return {
+        "logits/chosen": weighted_sum(logits, weights.chosen),
+        "logits/rejected": weighted_sum(logits, weights.rejected),
+        "entropy": weighted_sum(statistics.entropy, weights.both),
+    }
+
+
+def batch_weights(batch: Batch, axis_name: str | None = None) -> Weights:
     """Makes the weights of a whole batch."""
-    return unpaired_weights(batch.labels, mask=batch.real, axis_name=axis_name)
+    real, labels = targets(batch.completions) & batch.real[:, None], batch.labels[:, None]
+    means = [token_weights(mask, "token_mean", axis_name=axis_name) for mask in (real & labels, real & ~labels, real)]
+    return Weights(unpaired_weights(batch.labels, mask=batch.real, axis_name=axis_name), *means)
 
 
 def collate(pad_id: int, rows: Sequence[LabelledRow], length: int) -> Batch:
@@ -235,6 +270,7 @@ def run(config: Config) -> dict[str, Any]:
         train=labelled(train.rows),
         held_out=labelled(held_out.rows),
         length=row_length,
+        tokens=lambda row: len(row.row.prompt_ids) + len(row.row.completion_ids),
         collate=partial(collate, model.pad_id),
         loss_fn=make_loss(model, config),
         evaluation_loss_fn=make_loss(model, quiet),

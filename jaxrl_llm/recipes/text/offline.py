@@ -117,6 +117,7 @@ class Task(NamedTuple):
         train: Rows to learn from, tokenized.
         held_out: Rows to evaluate on.
         length: Tokens of a row.
+        tokens: Tokens that `num_tokens` counts of a row; None: its length.
         collate: `collate(rows, length) -> batch`, padded to the length.
         loss_fn: `loss_fn(params, batch, key) -> (loss, metrics)`; with `frozen`, it is given them by that name too.
         evaluation_loss_fn: The same without dropout and noise.
@@ -138,6 +139,7 @@ class Task(NamedTuple):
     loss_fn: Callable[..., tuple[Scalar, Metrics]]
     evaluation_loss_fn: Callable[..., tuple[Scalar, Metrics]]
     weights_fn: WeightsFunction | None
+    tokens: Callable[[Any], int] | None = None
     reference_fn: Callable[[Params, Any], Any] | None = None
     prepare: Callable[[Params, Any], Any] | None = None
     frozen: Params | None = None
@@ -153,10 +155,12 @@ class OfflineState(NamedTuple):
     Attributes:
         train: The model and its optimizer.
         ref_params: The reference, where it follows the model; else None, for it is the model of the start.
+        num_tokens: Tokens read so far, prompts with them.
     """
 
     train: TrainState
     ref_params: Params | None
+    num_tokens: int = 0
 
 
 def run_keys(seed: int) -> tuple[Key, Key, Key]:
@@ -259,7 +263,8 @@ def train_offline(
         length = longest
         if lengths is not None:
             length = bucket_length(int(lengths[indices].max()), max_length=longest)
-        batch = task.collate([task.train[i] for i in indices], length)
+        rows = [task.train[i] for i in indices]
+        batch = task.collate(rows, length)
         if scored is not None:
             batch = batch._replace(reference=jax.tree.map(lambda x: x[indices], scored))
         elif score is not None:
@@ -276,8 +281,10 @@ def train_offline(
                 mixup_alpha=reference.ref_model_mixup_alpha,
                 sync_steps=reference.ref_model_sync_steps,
             )
-        metrics |= task.describe(batch) | {"learning_rate": schedule(index), "epoch": (index + 1) * size / num_rows}
-        return OfflineState(train, ref_params), metrics
+        num_tokens = state.num_tokens + sum(map(task.tokens or task.length, rows))
+        done = {"epoch": (index + 1) * size / num_rows, "num_tokens": num_tokens}
+        metrics |= task.describe(batch) | {"learning_rate": schedule(index)} | done
+        return OfflineState(train, ref_params, num_tokens), metrics
 
     folder = Path(config.output_dir) / "model"
     state, complete_run = training_loop(

@@ -126,6 +126,11 @@ def row_length(row: PreferenceTokens) -> int:
     return len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids))
 
 
+def row_tokens(row: PreferenceTokens) -> int:
+    """Tokens of both responses, each with the prompt: what the model reads."""
+    return 2 * len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids)
+
+
 def train_on_pairs(
     config: OfflineOptions,
     title: str,
@@ -159,6 +164,7 @@ def train_on_pairs(
         train=train.rows,
         held_out=held_out.rows,
         length=row_length,
+        tokens=row_tokens,
         collate=partial(collate_pairs, model.pad_id),
         loss_fn=make_loss(model, config),
         evaluation_loss_fn=make_loss(model, quiet),

@@ -288,6 +288,7 @@ def run(config: Config) -> dict[str, Any]:
         train=train.rows,
         held_out=held_out.rows,
         length=source.length,
+        tokens=pairs.row_tokens if source is PAIRS else None,
         collate=partial(source.collate, model.pad_id),
         loss_fn=source.make_loss(module, config),
         evaluation_loss_fn=source.make_loss(module, quiet),
