@@ -5,7 +5,8 @@ examples = [supervised_example(row) for row in rows]                     # forma
 tokens = tokenize_sft_rows(examples, tokenizer, max_length=512)          # templates.py, tokenizers.py, tokenization.py
 batch = collate_sft([tokens.rows[i] for i in batch_indices(...)], ...)   # batching.py, collation.py; packing.py
 
-For data larger than memory: `LazyTokens(open_rows("train.jsonl"), tokenize)` in place of `tokens.rows` (lazy.py).
+For data larger than memory: `LazyTokens(open_rows("train.jsonl"), tokenize)` in place of `tokens.rows` (lazy.py), and
+`write_tokens("runs/books", "books.txt", tokenizer).windows(256)` in place of `text_windows` (streams.py).
 """
 
 from jaxrl_llm.data.batching import batch_indices as batch_indices
@@ -47,6 +48,8 @@ from jaxrl_llm.data.packing import text_windows as text_windows
 from jaxrl_llm.data.rows import Row as Row
 from jaxrl_llm.data.rows import as_rows as as_rows
 from jaxrl_llm.data.rows import read_rows as read_rows
+from jaxrl_llm.data.streams import TokenFile as TokenFile
+from jaxrl_llm.data.streams import write_tokens as write_tokens
 from jaxrl_llm.data.sums import one_digit_sums as one_digit_sums
 from jaxrl_llm.data.templates import Segment as Segment
 from jaxrl_llm.data.templates import render_example as render_example

@@ -124,11 +124,16 @@ def decode(content: bytes, encoding: str, where: str | Path, position: int = 0, 
     try:
         text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{where}: byte {position + error.start} of the file (0x{content[error.start]:02x}) is not {encoding}. "
-            "Convert the file (`iconv -f LATIN1 -t UTF-8`), or read it with read_rows(…, encoding=…)."
-        ) from error
+        raise not_encoded(error, where, encoding, position) from error
     return text.removeprefix("\ufeff") if first else text
+
+
+def not_encoded(error: UnicodeDecodeError, where: str | Path, encoding: str, position: int) -> ValueError:
+    """Makes the error of bytes, from `position` of a file on, that are not in its encoding."""
+    return ValueError(
+        f"{where}: byte {position + error.start} of the file (0x{error.object[error.start]:02x}) is not {encoding}. "
+        "Convert the file (`iconv -f LATIN1 -t UTF-8`), or read it with read_rows(…, encoding=…)."
+    )
 
 
 def read_parquet(path: Path) -> Any:

@@ -6,11 +6,21 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_llm.data import character_tokenizer
+from jaxrl_llm.data import LazySequence, character_tokenizer, streams
+from jaxrl_llm.data.tokenizers import encode_text
 from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.recipes.text import pretrain, sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel
-from tests.recipes.runs import TINY, assert_complete_folder, curve, token_log_probs, write_rows
+from tests.recipes.runs import (
+    TINY,
+    assert_complete_folder,
+    assert_same_run,
+    curve,
+    press_ctrl_c_after,
+    renamed,
+    token_log_probs,
+    write_rows,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_programs")
 
@@ -94,6 +104,73 @@ def test_texts_come_from_a_file_a_folder_or_rows(tmp_path):
     assert sorted(train + held_out) == ["a" * 8, "b" * 8, "c" * 8, "d" * 8]
     other = write_rows(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "y"}])
     assert load(tmp_path / "a.txt", eval_dataset=other) == (["aaaaaaaa"], ["x", "y"])
+
+
+def test_a_streamed_run_is_the_run_in_memory_and_resumes_exactly(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "PIECE", 400)  # half of the text
+    (tmp_path / "held_out.txt").write_text(TEXT[-200:], "utf-8")
+    changes = {"eval_dataset": str(tmp_path / "held_out.txt"), "max_steps": 4, "eval_steps": 2, "save_steps": 2}
+    whole = renamed(finished[0], "in_memory", logging_steps=1, **changes)
+    streamed = renamed(whole, "streamed", streaming=True)
+    figures = pretrain.run(whole)
+    assert pretrain.run(streamed) == figures | {"model": f"{streamed.output_dir}/model"}
+    assert_same_run(whole.output_dir, streamed.output_dir)
+    (ids,) = Path(streamed.output_dir, "tokens").iterdir()
+    assert ids.stat().st_size == 2 * (2 + len(from_pretrained(figures["model"])[2].encode(TEXT)))
+
+    cut = renamed(streamed, "cut")
+    with monkeypatch.context() as patch:
+        press_ctrl_c_after(patch, step=3)
+        assert "model" not in pretrain.run(cut)
+    with monkeypatch.context() as patch:
+        patch.setattr(streams, "encode_blocks", None)  # the file of ids is there already
+        pretrain.run(dataclasses.replace(cut, resume=True))
+    assert_same_run(whole.output_dir, cut.output_dir)
+
+
+def test_a_streamed_text_is_never_read_as_a_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "PIECE", 400)
+    for name, text in (("train", TEXT * 5), ("held_out", TEXT[:100])):
+        (tmp_path / f"{name}.txt").write_text(text, "utf-8")
+    lengths, tasks = [], []
+
+    def noting(text, tokenizer):
+        lengths.append(len(text))
+        return encode_text(text, tokenizer)
+
+    monkeypatch.setattr(streams, "encode_text", noting)
+    monkeypatch.setattr(pretrain, "SAMPLE", 300)
+    monkeypatch.setattr(pretrain, "train_offline", lambda config, model, task: (tasks.append(task), {}))
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: b"" if path.name == "train.txt" else read_bytes(path))
+    config = pretrain.Config(
+        **TINY | {"tokenizer": "bpe:270"},
+        output_dir=str(tmp_path / "run"),
+        dataset=str(tmp_path / "train.txt"),
+        eval_dataset=str(tmp_path / "held_out.txt"),
+        max_length=8,
+        streaming=True,
+    )
+    pretrain.run(config)
+    assert max(lengths) < 1_200 < len(TEXT) * 5 < sum(lengths)
+    assert isinstance(tasks[0].train, LazySequence)
+    assert tasks[0].longest == len(tasks[0].train[0].ids) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "eval_dataset must be the source of the held-out text where streaming is true, got ''"),
+        (
+            {"eval_dataset": "other.txt", "group_by_length": True},
+            "group_by_length must be false where streaming is true",
+        ),
+    ],
+)
+def test_settings_that_streaming_has_no_use_for_are_refused(changes, message):
+    config = pretrain.Config(output_dir="unused", dataset="text.txt", streaming=True, **changes)
+    with pytest.raises(ValueError, match=message):
+        pretrain.run(config)
 
 
 def test_a_text_too_short_to_hold_some_of_it_out_is_refused(tmp_path):

@@ -117,6 +117,7 @@ class Task(NamedTuple):
         train: Rows to learn from, tokenized.
         held_out: Rows to evaluate on.
         length: Tokens of a row.
+        longest: Tokens of the longest row, where rows are not read beforehand; None: `max_length`.
         tokens: Tokens that `num_tokens` counts of a row; None: its length.
         collate: `collate(rows, length) -> batch`, padded to the length.
         loss_fn: `loss_fn(params, batch, key) -> (loss, metrics)`; with `frozen`, it is given them by that name too.
@@ -139,6 +140,7 @@ class Task(NamedTuple):
     loss_fn: Callable[..., tuple[Scalar, Metrics]]
     evaluation_loss_fn: Callable[..., tuple[Scalar, Metrics]]
     weights_fn: WeightsFunction | None
+    longest: int | None = None
     tokens: Callable[[Any], int] | None = None
     reference_fn: Callable[[Params, Any], Any] | None = None
     prepare: Callable[[Params, Any], Any] | None = None
@@ -309,13 +311,14 @@ def train_offline(
 
 
 def require_rows_fit(config: OfflineOptions, model: LanguageModel, task: Task) -> int:
-    """Returns the tokens of the longest row, or `max_length` where rows are not read beforehand.
+    """Returns the tokens of the longest row; where rows are not read beforehand, what the task says, or `max_length`.
 
     Raises:
         ValueError: If the model reads fewer.
     """
     lazy = isinstance(task.train, LazySequence)
-    longest = config.max_length if lazy else max(map(task.length, [*task.train, *task.held_out]))
+    given = task.longest or config.max_length
+    longest = given if lazy else max(map(task.length, [*task.train, *task.held_out]))
     require_room(model, longest - 1, "lower max_length, or give a new model more n_positions")
     return longest
 

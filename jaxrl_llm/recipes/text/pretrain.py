@@ -5,8 +5,15 @@
 
 The texts (a .txt file, a folder of them, or rows with `text`) become one stream, each with an end-of-text token before
 and after it, which is cut into windows: every token is a target once. Of a single text the end is held out. Evaluation
-reports bits per byte, which do not depend on the tokenizer. (The text is held in memory, at 4 bytes a token; for more than
-fits, `jaxrl-llm sft --streaming` reads rows with `text` as they are needed.)
+reports bits per byte, which do not depend on the tokenizer.
+
+The text is held in memory, at 4 bytes a token, unless it is streamed:
+
+    jaxrl-llm pretrain --dataset books/ --eval-dataset held_out.txt --streaming
+
+Then it is read in blocks and tokenized once, into a file of ids in `<output_dir>/tokens` (2 bytes a token; 4 for more than
+65,536 different ones), from which each window is read when its turn comes: the same windows in the same order, in memory that
+does not grow with the text. `bpe:N` is then learned from the first 16 million characters.
 """
 
 import dataclasses
@@ -17,7 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxrl_llm.data import Tokens, fields, read_rows, split_indices, text_windows, train_tokenizer
+from jaxrl_llm.data import (
+    LazySequence,
+    Tokens,
+    fields,
+    read_rows,
+    split_indices,
+    text_windows,
+    train_tokenizer,
+    write_tokens,
+)
+from jaxrl_llm.data.streams import first_characters, open_texts
 from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts
@@ -26,6 +43,8 @@ from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
 from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, train_offline
 
 BPE = "bpe:"
+SAMPLE = 2**24
+"""Characters from which a tokenizer is learned where the text is streamed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +59,8 @@ class Config(OfflineOptions):
     """Of a new model: `bpe:4096` (4,096 tokens, learned from the text), `gpt2`, a folder or hub id, or `characters:abc`."""
     max_length: int = 256
     """Tokens that the model reads at once: the width of a window."""
+    streaming: bool = False
+    """Tokenize into a file and read windows from it, for text larger than memory; eval_dataset says what to hold out."""
     z_loss: float = 0.0
     """Coefficient of the squared log-normaliser, against drifting logits; 1e-4 is common."""
     learning_rate: float = 1e-3
@@ -57,6 +78,10 @@ def validate(config: Config) -> None:
         ValueError: Naming the setting, what came and what was meant.
     """
     config.validate_offline()
+    if config.streaming:
+        require("eval_dataset", config.eval_dataset, "the source of the held-out text where streaming is true", bool)
+        meant = "false where streaming is true, for all windows but the last have the same length"
+        require("group_by_length", config.group_by_length, meant, lambda value: not value)
     require("z_loss", config.z_loss, "at least 0", lambda value: value >= 0)
     if config.tokenizer.startswith(BPE):
         size = config.tokenizer.removeprefix(BPE)
@@ -65,11 +90,13 @@ def validate(config: Config) -> None:
 
 
 def load_texts(config: Config) -> tuple[list[str], list[str]]:
-    """Reads the texts to train on and those held out: of several texts some, of one its end.
+    """Reads the texts to train on (none where they are streamed) and those held out: of several texts some, of one its end.
 
     Raises:
         ValueError: If a row has no `text`, or a single text is too short for its end to be held out.
     """
+    if config.streaming:
+        return [], _read_texts(config.eval_dataset, config.split)
     texts = _read_texts(config.dataset, config.split)
     if config.eval_dataset:
         return texts, _read_texts(config.eval_dataset, config.split)
@@ -94,6 +121,23 @@ def stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([eos, *encoded])
 
 
+def load_tokenizer(config: Config, texts: Sequence[str]) -> Tokenizer | None:
+    """Learns the tokenizer of a new model, if it shall have one of its own: from the texts, or the first of a stream."""
+    if config.model or not config.tokenizer.startswith(BPE):
+        return None
+    sample = first_characters(open_texts(config.dataset, split=config.split), SAMPLE) if config.streaming else texts
+    return train_tokenizer(sample, int(config.tokenizer.removeprefix(BPE)))
+
+
+def load_windows(config: Config, texts: Sequence[str], tokenizer: Tokenizer) -> Sequence[Tokens]:
+    """Tokenizes the texts to train on, into memory or, where they are streamed, into a file, and cuts them into windows."""
+    if not config.streaming:
+        return text_windows(stream(texts, tokenizer), config.max_length)
+    folder = Path(config.output_dir) / "tokens"
+    facts("Tokenizing", {"from": config.dataset, "to": folder})
+    return write_tokens(folder, config.dataset, tokenizer, split=config.split).windows(config.max_length)
+
+
 def make_loss(model: LanguageModel, config: Config):
     """Makes `loss_fn(params, batch, key)`: that of `sft`, where every token of a window but its first is a target."""
     settings = sft.Config(dropout=config.dropout, chunk_size=config.chunk_size, z_loss=config.z_loss)
@@ -112,10 +156,9 @@ def run(config: Config) -> dict[str, Any]:
     """
     validate(config)
     texts = load_texts(config)
-    new = not config.model and config.tokenizer.startswith(BPE)
-    tokenizer = train_tokenizer(texts[0], int(config.tokenizer.removeprefix(BPE))) if new else None
-    model = load_model(config, run_keys(config.seed)[0], tokenizer=tokenizer)
-    train, held_out = (text_windows(stream(part, model.tokenizer), config.max_length) for part in texts)
+    model = load_model(config, run_keys(config.seed)[0], tokenizer=load_tokenizer(config, texts[0]))
+    train = load_windows(config, texts[0], model.tokenizer)
+    held_out = text_windows(stream(texts[1], model.tokenizer), config.max_length)
     num_bytes = sum(len(text.encode()) for text in texts[1])
     num_targets = sum(len(window.ids) - 1 for window in held_out)
     shown = {"training": _describe(train), "held out": f"{_describe(held_out)} from {num_bytes:,} bytes"}
@@ -128,6 +171,7 @@ def run(config: Config) -> dict[str, Any]:
         train=train,
         held_out=held_out,
         length=lambda window: len(window.ids),
+        longest=max(len(train[0].ids), *(len(window.ids) for window in held_out)),
         collate=partial(sft.collate, model.pad_id),
         loss_fn=make_loss(model, config),
         evaluation_loss_fn=make_loss(model, quiet),
@@ -142,4 +186,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _describe(windows: Sequence[Tokens]) -> str:
-    return f"{sum(len(window.ids) - 1 for window in windows):,} tokens in {len(windows):,} windows"
+    """Counts windows and their targets: only the last window has fewer than the first."""
+    targets = (len(windows) - 1) * (len(windows[0].ids) - 1) + len(windows[-1].ids) - 1
+    where = " (read when they are needed)" if isinstance(windows, LazySequence) else ""
+    return f"{targets:,} tokens in {len(windows):,} windows{where}"
