@@ -179,6 +179,37 @@ def test_pairs_are_judged_by_likelihood_and_by_its_ratio_to_a_reference_of_anoth
     assert figures["kl"] == pytest.approx(np.mean(kl), rel=1e-4)
 
 
+def test_samples_are_the_first_rows_each_with_what_was_measured_of_it(models, tmp_path):
+    file = tmp_path / "samples.json"
+
+    def samples(rows):
+        run(models["gpt2"], rows, tmp_path, num_samples=2, output_file=str(file))
+        return json.loads(file.read_text("utf-8"))["samples"]
+
+    def nats(*texts, after=0):
+        return -np.concatenate(of_tokens(models["gpt2"], encode(models["gpt2"], *texts), after=after))
+
+    texts = ["0123456789+0123456789=01234", "1+1=2", "9"]
+    losses = nats("<eos>0123456789+01234", "456789=01234<eos>").mean(), nats("<eos>1+1=2<eos>").mean()
+    found = samples([{"text": text} for text in texts])
+    assert [sample["text"] for sample in found] == texts[:2]
+    assert [sample["loss"] for sample in found] == pytest.approx(losses, rel=1e-5)
+
+    found, whole = samples(SUMS[:3]), ["1+0=1<eos>", "2+0=2<eos>"]
+    assert [sample["text"] for sample in found] == whole
+    assert [sample["loss"] for sample in found] == pytest.approx(
+        [nats(text, after=4).mean() for text in whole], rel=1e-5
+    )
+
+    found = samples(PAIRS[:3])
+    assert len(found) == 2
+    for sample, row in zip(found, PAIRS, strict=False):
+        for name in ("chosen", "rejected"):
+            assert sample[name] == row[name]
+            expected = -nats(f"{row['prompt']}{row[name]}<eos>", after=4).sum()
+            assert sample[f"log-prob of {name}"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_model_does_not_differ_from_itself(models, tmp_path):
     figures = run(models["llama"], SUMS, tmp_path, reference=models["llama"])
     assert figures["kl"] == pytest.approx(0, abs=1e-6)
