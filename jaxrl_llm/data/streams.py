@@ -176,7 +176,8 @@ def write_tokens(
     """Tokenizes the texts of a source into a file: one stream, with an EOS before, between and after them.
 
     The name of the file tells what it was made from: the tokenizer, and name, size and time of each file of the source.
-    One that is there already is used again, so a resumed run reads what the run has read; others are deleted.
+    One that is there already is used again, so a resumed run reads what the run has read; others are deleted. (Of a source
+    of `datasets`, whose files are not known, the file is made anew.)
 
     Args:
         folder: Where to write; 2 bytes a token (4 beyond 65,536 of them).
@@ -191,7 +192,7 @@ def write_tokens(
     """
     dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
     path = Path(folder) / f"{_fingerprint(source, tokenizer, split, encoding)}.bin"
-    if not path.is_file():
+    if existing_path(source) is None or not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         for old in path.parent.glob("*.bin"):
             old.unlink()

@@ -1,9 +1,11 @@
 import os
+import shutil
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.normalizers import Prepend
@@ -142,6 +144,16 @@ def test_a_file_of_ids_is_used_again_until_its_source_or_tokenizer_changes(tmp_p
     assert written(bpe)[0] == "one two three"
     os.utime(source, ns=(1, 1))
     assert written(bpe)[2] != written()[2]
+
+
+def test_a_dataset_whose_files_are_not_known_is_tokenized_anew(tmp_path, gpt2):
+    for number, text in enumerate(("one two", "one four")):
+        folder = tmp_path / "saved"
+        Dataset.from_list([{"text": text}]).save_to_disk(tmp_path / str(number))
+        shutil.rmtree(folder, ignore_errors=True)
+        (tmp_path / str(number)).rename(folder)
+        tokens = write_tokens(tmp_path / "tokens", folder, gpt2)
+        assert gpt2.decode(tokens.read(1, tokens.num_tokens - 1)) == text
 
 
 def test_a_file_that_was_left_unfinished_is_made_again(tmp_path, gpt2):
