@@ -13,6 +13,13 @@ from jaxrl_llm.models.heads import scalar_head_params as scalar_head_params
 from jaxrl_llm.models.llama import Llama as Llama
 from jaxrl_llm.models.llama_config import LlamaConfig as LlamaConfig
 from jaxrl_llm.models.llama_config import RopeScaling as RopeScaling
+from jaxrl_llm.models.lora import Adapted as Adapted
+from jaxrl_llm.models.lora import LoraConfig as LoraConfig
+from jaxrl_llm.models.lora import adapt as adapt
+from jaxrl_llm.models.lora import init_lora as init_lora
+from jaxrl_llm.models.lora import join_trainable as join_trainable
+from jaxrl_llm.models.lora import merge_lora as merge_lora
+from jaxrl_llm.models.lora import split_trainable as split_trainable
 from jaxrl_llm.models.pretrained import from_pretrained as from_pretrained
 from jaxrl_llm.models.pretrained import from_pretrained_reward_model as from_pretrained_reward_model
 from jaxrl_llm.models.pretrained import is_reward_model as is_reward_model

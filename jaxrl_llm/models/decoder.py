@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import LayerInputs, Rotation
+from jaxrl_llm.models.lora import Adapted, LoraModule
 from jaxrl_llm.types import Key, KVCache, Numeric, Params
 
 
@@ -92,7 +93,7 @@ class Head(nn.Module):
         return self.param("kernel", init, (self.config.width, self.config.vocab_size), jnp.float32)
 
 
-class Decoder(nn.Module):
+class Decoder(LoraModule):
     """A causal language model: token embedding, stacked blocks, a norm and a head.
 
     A subclass sets `block` and defines `place` and `norm`.
@@ -118,6 +119,8 @@ class Decoder(nn.Module):
         neftune_noise_alpha: Numeric = 0.0,
     ) -> tuple[Float[Array, "batch time features"], KVCache | None]:
         """Computes what follows each token; called as `module.apply({"params": params}, tokens, …)`.
+
+        The parameters may have adapters (see `lora.Adapted`).
 
         Padding, on either side, changes nothing for the real tokens: positions count real tokens, and nobody sees
         padding. Outputs at padding are finite and mean nothing; its ids do not matter, in the vocabulary or not.
@@ -192,7 +195,13 @@ class Decoder(nn.Module):
 
 
 def head_kernel(params: Params) -> Float[Array, "hidden vocab"]:
-    """Returns the kernel that maps final hidden states to logits: `lm_head` or, if tied, the token embedding."""
+    """Returns the kernel that maps final hidden states to logits: `lm_head` or, if tied, the token embedding.
+
+    Args:
+        params: Parameters of a decoder, plain or `Adapted` (the head has no adapter).
+    """
+    if isinstance(params, Adapted):
+        params = params.base
     if "lm_head" in params:
         return params["lm_head"]["kernel"]
     return params["token_embedding"]["embedding"].T
@@ -228,7 +237,7 @@ def _stack(block: type[nn.Module], config: DecoderConfig, deterministic: bool) -
     """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis."""
     scanned = nn.scan(
         nn.remat(block, prevent_cse=False) if config.remat else block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]: flax takes a tuple too
         length=config.num_layers,

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxrl_llm.models.decoder import Decoder
+from jaxrl_llm.models.lora import LoraModule
 from jaxrl_llm.types import Key, KVCache, Numeric, Params
 
 
-class ScalarHead(nn.Module):
+class ScalarHead(LoraModule):
     """A decoder with a linear score of each token's final state, instead of logits.
 
     Parameters are `backbone/…`, the decoder's own without `lm_head`, and `score/kernel` [hidden, 1], which starts normal

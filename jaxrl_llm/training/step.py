@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from jaxrl_llm.models.lora import Adapted
 from jaxrl_llm.reductions import combine_metrics, combine_metrics_over_axis, mark_varying, sum_over_axis
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
@@ -38,7 +39,13 @@ class TrainState(NamedTuple):
 
 
 def init_train_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """Makes the state before the first step."""
+    """Makes the state before the first step.
+
+    Raises:
+        TypeError: If the parameters hold a frozen base beside its adapters.
+    """
+    if isinstance(params, Adapted):
+        raise TypeError("Adapted params would train the base too: pass the first of split_trainable(params).")
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
