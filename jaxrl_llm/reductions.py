@@ -23,11 +23,13 @@ class LossWeights(NamedTuple):
         policy: Of the policy (or likelihood) term and of a KL penalty, `[*shape]`.
         tokens: Of metrics and of the entropy bonus, usually the token mean, `[*shape]`.
         value: Of the value loss, `[*value_shape]`.
+        entropy: Of the entropy bonus where that is over other tokens than the metrics; else None.
     """
 
     policy: Float[Array, "*shape"]
     tokens: Float[Array, "*shape"]
     value: Float[Array, "*value_shape"]
+    entropy: Float[Array, "*shape"] | None = None
 
 
 def sum_over_axis(tree: Any, axis_name: str | None) -> Any:
@@ -140,7 +142,8 @@ def weighted_sum(values: Shaped[Array, "*shape"], weights: Float[Array, "*shape"
 
 def masked_mean(values: Float[Array, "*shape"], mask: Mask, *, axis_name: str | None = None) -> Scalar:
     """Computes the mean of the unmasked values (of all devices of `axis_name`); 0 if there are none."""
-    return sum_over_axis(weighted_sum(values, token_weights(mask, "token_mean", axis_name=axis_name)), axis_name)
+    counts = (jnp.asarray(mask) != 0).astype(values.dtype)  # So that the weights are as exact as the values.
+    return sum_over_axis(weighted_sum(values, token_weights(counts, "token_mean", axis_name=axis_name)), axis_name)
 
 
 def _masked_variance(values: Array, mask: Mask, mean: Array, axis_name: str | None) -> Array:

@@ -81,7 +81,7 @@ def test_weights_of_a_loss_have_a_mean_over_tokens_beside_the_reduction():
 
 def test_one_array_serves_as_the_weights_of_all_terms():
     assert as_loss_weights(VALUES) == LossWeights(VALUES, VALUES, VALUES)
-    assert as_loss_weights(LossWeights(1, 2, 3)) == (1, 2, 3)
+    assert as_loss_weights(LossWeights(1, 2, 3)) == (1, 2, 3, None)
 
 
 def test_rows_weigh_the_same():

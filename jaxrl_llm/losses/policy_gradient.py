@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from jaxrl_llm.losses.ratios import clipped_surrogate, log_importance_ratio, outside_clip, per_token
 from jaxrl_llm.losses.value import value_loss
-from jaxrl_llm.reductions import LossWeights, as_loss_weights, loss_weights, weighted_sum
+from jaxrl_llm.reductions import LossWeights, Reduction, as_loss_weights, loss_weights, weighted_sum
 from jaxrl_llm.types import Mask, Metrics, Numeric, Scalar
 
 
@@ -17,6 +17,8 @@ def policy_gradient_loss(
     *,
     entropy: Float[Array, "*shape"] | None = None,
     entropy_coef: Numeric = 0.0,
+    reduction: Reduction = "token_mean",
+    max_length: Numeric | None = None,
     weights: Float[Array, "*shape"] | LossWeights | None = None,
     axis_name: str | None = None,
 ) -> tuple[Scalar, Metrics]:
@@ -28,7 +30,10 @@ def policy_gradient_loss(
         mask: Nonzero where an action counts; all if not given.
         entropy: Entropy of the policy at each step, nats.
         entropy_coef: Times the mean entropy, is subtracted from the loss.
-        weights: Weight of each action, made from the whole batch; the mean over the mask if not given.
+        reduction: How actions are averaged, see `token_weights`. `token_mean` for steps (A2C); for completions
+            `sequence_sum` is REINFORCE: the mean over rows of A × the log-probability of the whole row.
+        max_length: Needed by the reduction `constant`.
+        weights: Weight of each action, made from the whole batch by `loss_weights`; by `reduction` if not given.
         axis_name: Mapped axis to count over when the weights are made here.
 
     Returns:
@@ -39,7 +44,7 @@ def policy_gradient_loss(
     """
     mask = jnp.ones_like(log_probs, bool) if mask is None else jnp.asarray(mask) != 0
     if weights is None:
-        weights = loss_weights(mask, "token_mean", axis_name=axis_name)
+        weights = loss_weights(mask, reduction, max_length=max_length, axis_name=axis_name)
     weights = as_loss_weights(weights)
     advantages = per_token(advantages, log_probs)
     policy = -weighted_sum(jnp.where(mask, log_probs, 0) * jnp.where(mask, advantages, 0), weights.policy)
@@ -50,11 +55,12 @@ def policy_gradient_loss(
 def entropy_bonus(
     entropy: Float[Array, "*shape"] | None, mask: Mask, weights: LossWeights, *, name: str = "policy/entropy_avg"
 ) -> tuple[Numeric, Metrics]:
-    """Computes the weighted mean entropy, and its metric; 0 and none where no entropy is given."""
+    """Computes the weighted mean entropy that is rewarded, and the metric; 0 and none where no entropy is given."""
     if entropy is None:
         return 0.0, {}
-    mean = weighted_sum(jnp.where(mask, entropy, 0), weights.tokens)
-    return mean, {name: mean}
+    entropy = jnp.where(mask, entropy, 0)
+    mean = weighted_sum(entropy, weights.tokens)
+    return mean if weights.entropy is None else weighted_sum(entropy, weights.entropy), {name: mean}
 
 
 def ppo_loss(

@@ -1,10 +1,14 @@
 """Importance ratios, shared by the losses that learn from samples of an older policy."""
 
+from typing import Literal, TypeAlias, get_args
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxrl_llm.types import Mask, Numeric
+
+ImportanceSamplingLevel: TypeAlias = Literal["token", "sequence", "sequence_token"]
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are held within ±20 nats: exp(20) is 5e8, and an overflow would turn a clipped term's gradient to NaN."""
@@ -18,6 +22,37 @@ def log_importance_ratio(
         old_log_probs = log_probs
     difference = log_probs - jax.lax.stop_gradient(old_log_probs)
     return jnp.clip(jnp.where(mask != 0, difference, 0), -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def row_mean(values: Float[Array, "*batch time"], mask: Mask) -> Float[Array, "*batch 1"]:
+    """Computes the mean of each row over its unmasked tokens, kept as a column; 0 for an empty row."""
+    total = jnp.where(mask != 0, values, 0).sum(-1, keepdims=True)
+    return total / jnp.maximum((mask != 0).sum(-1, keepdims=True), 1)
+
+
+def at_level(
+    log_ratio: Float[Array, "batch time"], mask: Mask, level: ImportanceSamplingLevel
+) -> Float[Array, "batch time"]:
+    r"""Gives every token the log-ratio of its level, 0 where masked.
+
+    With $s$ the mean of the log-ratios $\ell_t$ of a row and sg the stop of gradients: `token` $\ell_t$ · `sequence`
+    (GSPO) $s$ · `sequence_token` (GSPO-token) $\mathrm{sg}(s) + \ell_t - \mathrm{sg}(\ell_t)$: the value of a sequence
+    with a gradient of its own for each token, for advantages that differ within a row.
+
+    Raises:
+        ValueError: If `level` is none of these.
+
+    References:
+        Zheng et al., 2025, eq. 7 and 14. https://arxiv.org/abs/2507.18071
+    """
+    if level == "token":
+        return log_ratio
+    if level == "sequence":
+        return jnp.where(mask != 0, row_mean(log_ratio, mask), 0)
+    if level == "sequence_token":
+        held = jax.lax.stop_gradient(log_ratio)
+        return jnp.where(mask != 0, row_mean(held, mask) + log_ratio - held, 0)
+    raise ValueError(f"importance_sampling_level must be one of {get_args(ImportanceSamplingLevel)}, got {level!r}.")
 
 
 def per_token(advantages: Float[Array, "*any"], like: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

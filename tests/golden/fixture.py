@@ -42,6 +42,13 @@ def log_probs(logits: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return np.take_along_axis(log_softmax, tokens[..., None], -1)[..., 0]
 
 
+def entropy(logits: np.ndarray) -> np.ndarray:
+    """Computes the entropy of each position in float64, nats."""
+    odds = np.exp(logits - logits.max(-1, keepdims=True))
+    probs = odds / odds.sum(-1, keepdims=True)
+    return -(probs * np.log(probs)).sum(-1)
+
+
 def mask(lengths: np.ndarray, time: int) -> jax.Array:
     return jnp.asarray(np.arange(time) < lengths[:, None])
 

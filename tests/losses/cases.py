@@ -21,6 +21,9 @@ from jaxrl_llm.losses import (
     ppo_loss,
     reward_model_loss,
     reward_regression_loss,
+    rloo_loss,
+    rloo_weights,
+    top_entropy_mask,
     unpaired_weights,
     value_loss,
 )
@@ -136,6 +139,62 @@ def _grpo(loss_type: str, level: str = "token") -> LossCase:
         return grpo_weights(batch["mask"], loss_type, max_completion_length=10, axis_name=axis_name)
 
     return LossCase(loss, weights, ("log_probs", "entropy"))
+
+
+def _variant(loss_type: str, fields: tuple[str, ...] = (), **options: Any) -> LossCase:
+    """A type of GRPO with options of its own, and with the arrays of the batch that it takes."""
+
+    def loss(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+        return grpo_loss(
+            batch["log_probs"],
+            batch["old_log_probs"],
+            batch["advantages"],
+            batch["mask"],
+            loss_type=loss_type,
+            **{name: batch[name] for name in fields},
+            **options,
+            weights=weights,
+            axis_name=axis_name,
+        )
+
+    def weights(batch: Batch, axis_name: str | None) -> Any:
+        return grpo_weights(batch["mask"], loss_type, axis_name=axis_name)
+
+    return LossCase(loss, weights, ("log_probs", *(name for name in fields if name == "ref_kl")))
+
+
+class OfTopEntropy(NamedTuple):
+    """What a loss of the uncertain tokens takes from the whole batch."""
+
+    weights: Any
+    entropy_mask: jax.Array
+
+
+def _top_entropy() -> LossCase:
+    def loss(batch: Batch, weights: OfTopEntropy | None, axis_name: str | None) -> tuple:
+        arrays = {"ref_log_probs": batch["ref_log_probs"], "entropy": batch["entropy"]}
+        if weights is None:
+            arrays["top_entropy_quantile"] = 0.4
+        else:
+            arrays |= {"weights": weights.weights, "entropy_mask": weights.entropy_mask}
+        fields = (batch[name] for name in ("log_probs", "old_log_probs", "advantages", "mask"))
+        return grpo_loss(*fields, beta=0.04, entropy_coef=0.05, **arrays, axis_name=axis_name)
+
+    def weights(batch: Batch, axis_name: str | None) -> OfTopEntropy:
+        kept = top_entropy_mask(batch["entropy"], batch["mask"], 0.4, axis_name=axis_name)
+        return OfTopEntropy(grpo_weights(batch["mask"], entropy_mask=kept, axis_name=axis_name), kept)
+
+    return LossCase(loss, weights, ("log_probs", "entropy"))
+
+
+def _rloo(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    fields = (batch[name] for name in ("log_probs", "old_log_probs", "advantages", "mask"))
+    bonus = {"entropy": batch["entropy"], "entropy_coef": 0.05}
+    return rloo_loss(*fields, epsilon=0.5, **bonus, weights=weights, axis_name=axis_name)
+
+
+def _rloo_weights(batch: Batch, axis_name: str | None) -> Any:
+    return rloo_weights(batch["mask"], axis_name=axis_name)
 
 
 def _pairs(batch: Batch) -> list:
@@ -254,6 +313,15 @@ CASES = {
     "dr_grpo": _grpo("dr_grpo"),
     "dapo": _grpo("dapo"),
     "gspo": _grpo("grpo", "sequence"),
+    "cispo": _variant("cispo", ("correction",), epsilon_high=1.2),
+    "sapo": _variant("sapo", ("ref_log_probs",), beta=0.04, use_bias_correction_kl=True),
+    "vespo": _variant("vespo", ("correction",)),
+    "luspo": _variant("luspo", ("ref_kl",), importance_sampling_level="sequence", beta=0.1),
+    "gmpo": _variant("gmpo", ("ref_log_probs",), beta=0.04, kl_estimator="k2"),
+    "gspo_token": _variant("grpo", importance_sampling_level="sequence_token"),
+    "off_policy_mask": _variant("grpo", ("sampling_log_probs",), off_policy_mask_threshold=0.05),
+    "top_entropy": _top_entropy(),
+    "rloo": LossCase(_rloo, _rloo_weights, ("log_probs", "entropy")),
     "cross_entropy_dft": LossCase(_dft, _token_mean, ("log_probs",)),
     "distillation": LossCase(_distillation, _token_mean, ("student_logits",)),
     "dpo": LossCase(_dpo, _row_mean, PER_PAIR[:2]),
@@ -287,6 +355,9 @@ def make_batch(seed: int, mask: np.ndarray) -> Batch:
         "log_probs": log_probs,
         "old_log_probs": log_probs + rng.normal(scale=0.4, size=shape),
         "ref_log_probs": log_probs + rng.normal(scale=0.4, size=shape),
+        "sampling_log_probs": log_probs + rng.normal(scale=0.4, size=shape),
+        "correction": rng.uniform(0.2, 3, shape),
+        "ref_kl": rng.uniform(0, 1, shape),
         "mean_log_probs": rng.uniform(-6, -2, shape),
         "logsumexp": rng.normal(size=shape),
         "entropy": rng.uniform(0.1, 3, shape),

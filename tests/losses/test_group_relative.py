@@ -7,7 +7,7 @@ import pytest
 
 from jaxrl_llm.advantages import group_relative_advantages
 from jaxrl_llm.losses import grpo_loss
-from jaxrl_llm.losses.group_relative import GRPO_REDUCTIONS, grpo_weights
+from jaxrl_llm.losses.group_relative import GRPO_PRESETS, grpo_weights
 from tests.unchecked import unchecked
 
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
@@ -84,8 +84,9 @@ def test_there_is_no_kl_penalty_where_policy_and_reference_agree():
 
 def test_the_entropy_bonus_has_the_same_scale_for_all_loss_types():
     entropy = jnp.arange(9.0).reshape(3, 3)
-    for loss_type in GRPO_REDUCTIONS:
-        options = {"loss_type": loss_type, "max_completion_length": 7}
+    for loss_type in GRPO_PRESETS:
+        options = {"loss_type": loss_type, "max_completion_length": 7, "epsilon_high": 5.0}
+        options |= {"importance_sampling_level": "sequence"} if loss_type == "luspo" else {}
         loss, metrics = by_hand(entropy=entropy, entropy_coef=0.1, **options)
         close(metrics["entropy"], (0 + 1 + 2 + 3) / 4)
         close(loss - by_hand(**options)[0], -0.1 * 1.5, rtol=1e-5)
