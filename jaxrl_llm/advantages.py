@@ -4,16 +4,17 @@ Environment arrays are time first, `[time, …]`. Rewards of completions are `[r
 contiguous, so that `reshape(-1, group_size)` gives the groups.
 """
 
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num
 
-from jaxrl_llm.reductions import sum_over_axis
-from jaxrl_llm.types import Mask, Numeric
+from jaxrl_llm.reductions import masked_standardize, sum_over_axis
+from jaxrl_llm.types import Mask, Numeric, Scalar
 
 ScaleRewards: TypeAlias = Literal["group", "batch", "none"]
+MultiObjectiveAggregation: TypeAlias = Literal["sum_then_normalize", "normalize_then_sum"]
 
 
 def discounted_returns(
@@ -182,3 +183,125 @@ def leave_one_out_advantages(rewards: Float[Array, " rows"], group_size: int) ->
     groups, valid, count = _groups(rewards, group_size)
     others = (groups.sum(-1, keepdims=True) - groups) / jnp.maximum(count - 1, 1)
     return jnp.where(valid & (count > 1), groups - others, 0).reshape(-1)
+
+
+def multi_objective_advantages(
+    rewards: Float[Array, "rows functions"],
+    group_size: int,
+    *,
+    reward_weights: Float[Array, " functions"] | None = None,
+    multi_objective_aggregation: MultiObjectiveAggregation = "sum_then_normalize",
+    scale_rewards: ScaleRewards = "group",
+    epsilon: Numeric = 1e-4,
+    axis_name: str | None = None,
+) -> Float[Array, " rows"]:
+    r"""Computes group-relative advantages from several rewards.
+
+    `sum_then_normalize`: those of the weighted sum. `normalize_then_sum` (GDPO): each reward is standardised in its
+    group, so that none drowns the others, then $A = (s - \bar s) / (\mathrm{std}(s) + \epsilon)$ of the weighted sums
+    $s$, over the batch.
+
+    Args:
+        rewards: Of each completion by each function, before weighting; NaN where a function does not apply. A row
+            without any has advantage 0.
+        group_size: Completions for each prompt (`num_generations`).
+        reward_weights: One for each function; all 1 if not given.
+        multi_objective_aggregation: Which of the two.
+        scale_rewards: As in `group_relative_advantages`, for `sum_then_normalize`; the other has its own scale.
+        epsilon: Added to the standard deviations (ddof 1).
+        axis_name: Mapped axis over whose devices the batch's statistics are taken; groups lie within one device.
+
+    Raises:
+        ValueError: If a name is unknown, or `group_size` does not divide the number of rows.
+
+    References:
+        Liu et al., 2026 (GDPO). https://arxiv.org/abs/2601.05242
+    """
+    if multi_objective_aggregation not in get_args(MultiObjectiveAggregation):
+        names = get_args(MultiObjectiveAggregation)
+        raise ValueError(f"multi_objective_aggregation must be one of {names}, got {multi_objective_aggregation!r}.")
+    weights = jnp.ones(rewards.shape[1], rewards.dtype) if reward_weights is None else reward_weights
+    applies = ~jnp.isnan(rewards)
+    valid = applies.any(-1)
+    if multi_objective_aggregation == "sum_then_normalize":
+        total = jnp.where(valid, jnp.where(applies, rewards, 0) @ weights, jnp.nan)
+        options = {"scale_rewards": scale_rewards, "epsilon": epsilon, "axis_name": axis_name}
+        return group_relative_advantages(total, group_size, **options)
+    normalized = [group_relative_advantages(column, group_size, epsilon=epsilon) for column in rewards.T]
+    total = jnp.stack(normalized, axis=-1) @ weights
+    sums, count = sum_over_axis((jnp.where(valid, total, 0).sum(), valid.sum()), axis_name)
+    centred = jnp.where(valid, total - sums / jnp.maximum(count, 1), 0)
+    return centred / (_std(sum_over_axis((centred**2).sum(), axis_name), count) + epsilon)
+
+
+def reinforce_plus_plus_advantages(
+    rewards: Float[Array, "batch time"],
+    mask: Mask,
+    *,
+    gamma: Numeric = 1.0,
+    epsilon: Numeric = 1e-8,
+    axis_name: str | None = None,
+) -> Float[Array, "batch time"]:
+    r"""Computes REINFORCE++ advantages: the return of each token, standardised over all tokens of the batch.
+
+    $$ G_t = r_t + \gamma G_{t+1}, \qquad A_t = (G_t - \bar G) / \sqrt{s^2 + \epsilon} $$
+
+    There are no groups and no critic; the batch is the baseline.
+
+    Args:
+        rewards: Of each token: the score at the end, and the KL penalty of each token (`rewards.token_rewards`).
+        mask: Nonzero at completion tokens.
+        gamma: Discount for each token that counts, in [0, 1].
+        epsilon: Added to the variance (ddof 1).
+        axis_name: Mapped axis over whose devices the statistics are taken.
+
+    References:
+        Hu et al., 2025, eq. 9 and 10. https://arxiv.org/abs/2501.03262
+    """
+    mask = jnp.asarray(mask) != 0
+    discounts = jnp.where(mask, gamma, 1).astype(rewards.dtype)
+    returns = discounted_returns(jnp.where(mask, rewards, 0).T, discounts.T, jnp.zeros_like(rewards[:, 0])).T
+    return masked_standardize(returns, mask, epsilon=epsilon, axis_name=axis_name)
+
+
+class GroupSelection(NamedTuple):
+    """Which rows belong to groups that teach something.
+
+    Attributes:
+        keep: False for the rows of a group whose rewards are all equal.
+        frac_reward_zero_std: Share of such groups, the metric of that name.
+    """
+
+    keep: Bool[Array, " rows"]
+    frac_reward_zero_std: Scalar
+
+
+def drop_zero_std_groups(
+    rewards: Float[Array, " rows"], group_size: int, *, axis_name: str | None = None
+) -> GroupSelection:
+    """Finds the groups whose rewards are all equal: their advantages are 0, but their tokens count in the averages.
+
+    Put `mask & keep[:, None]` in the place of the mask, before weights are made, to average over the others alone
+    (`sequence_mean` still divides by all rows). DAPO samples others in their place.
+
+    Args:
+        rewards: Total reward of each completion; NaN where no reward function applied.
+        group_size: Completions for each prompt.
+        axis_name: Mapped axis over whose devices the groups are counted.
+
+    Raises:
+        ValueError: If `group_size` does not divide the number of rewards.
+
+    Example:
+        >>> drop_zero_std_groups(jnp.array([1.0, 0.0, 0.1, 0.1]), 2).keep.tolist()
+        [True, True, False, False]
+
+    References:
+        Yu et al., 2025, eq. 11 (dynamic sampling). https://arxiv.org/abs/2503.14476
+    """
+    groups, valid, _ = _groups(rewards, group_size)
+    # By comparison: the deviation of equal rewards may be a rounding error instead of 0.
+    lowest, highest = (jnp.where(valid, groups, end * jnp.inf) for end in (1, -1))
+    differ = lowest.min(-1) < highest.max(-1)
+    equal, count = sum_over_axis(((~differ).sum(), jnp.asarray(differ.size)), axis_name)
+    return GroupSelection(jnp.repeat(differ, group_size), equal / count)

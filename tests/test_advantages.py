@@ -11,9 +11,12 @@ from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm.advantages import (
     discounted_returns,
+    drop_zero_std_groups,
     generalized_advantages,
     group_relative_advantages,
     leave_one_out_advantages,
+    multi_objective_advantages,
+    reinforce_plus_plus_advantages,
 )
 from tests.golden import fixture
 from tests.unchecked import unchecked
@@ -328,3 +331,79 @@ def test_a_group_size_that_does_not_divide_the_rewards_is_refused(size):
 def test_an_unknown_scale_is_refused():
     with unchecked(), pytest.raises(ValueError, match=r"scale_rewards must be one of .*'group'.*, got 'row'"):
         group_relative_advantages(REWARDS, 3, scale_rewards="row")
+
+
+@pytest.mark.parametrize(("rewards", "expected"), [([1.0, 3.0], 0.7070568), ([0.0, 10.0], 0.7070968)])
+def test_defects_3_and_15_the_deviation_of_a_group_is_that_of_a_sample(rewards, expected):
+    # EasyDeL, and TRL's asynchronous GRPO, divide by the population's: [1, 3] gives -1 and +1.
+    close(group_relative_advantages(array(rewards), 2), [-expected, expected])
+
+
+SEVERAL = np.array([[1, 100], [0, 300], [0.5, np.nan], [0, 200], [2, 0], [np.nan, np.nan], [2, 0], [3, 50]])
+
+
+def test_several_rewards_are_summed_before_they_are_normalized():
+    weights = np.array([1.0, 0.01])
+    total = np.nansum(SEVERAL * weights, axis=1)
+    total[5] = np.nan
+    advantages = multi_objective_advantages(array(SEVERAL), 4, reward_weights=array(weights))
+    close(advantages, group_relative_advantages(array(total), 4), rtol=1e-5)
+
+
+def test_gdpo_normalizes_each_reward_before_they_are_summed():
+    groups, weights = SEVERAL.reshape(2, 4, 2), np.array([1.0, 0.5])
+    mean, std = np.nanmean(groups, 1, keepdims=True), np.nanstd(groups, 1, ddof=1, keepdims=True)
+    total = np.nansum(((groups - mean) / (std + 1e-4)).reshape(8, 2) * weights, axis=1)
+    total[5] = np.nan
+    expected = np.nan_to_num((total - np.nanmean(total)) / (np.nanstd(total, ddof=1) + 1e-4))
+    options = {"reward_weights": array(weights), "multi_objective_aggregation": "normalize_then_sum"}
+    advantages = multi_objective_advantages(array(SEVERAL), 4, **options)
+    close(advantages, expected, rtol=1e-5)
+    scaled = multi_objective_advantages(array(SEVERAL * [1, 1000]), 4, **options)
+    close(scaled, advantages, atol=1e-3)  # But for the 1e-4 beside the deviation, no scale drowns another.
+
+
+def test_an_unknown_aggregation_is_refused():
+    with unchecked(), pytest.raises(ValueError, match=r"multi_objective_aggregation must be .*, got 'sum'"):
+        multi_objective_advantages(array(SEVERAL), 4, multi_objective_aggregation="sum")
+
+
+TOKEN_REWARDS = array([[-0.1, 0.2, 1.0, 0.0], [-0.3, 0.0, 5.0, 0.5]])
+TOKENS = array([[1, 1, 1, 0], [1, 1, 0, 1]])
+
+
+def test_reinforce_plus_plus_standardizes_returns_over_the_tokens_of_the_batch():
+    returns = np.array([1 * 0.25 + 0.1 - 0.1, 0.2 + 0.5, 1.0, -0.3 + 0.125, 0.25, 0.5])
+    counts = np.asarray(TOKENS) != 0
+    advantages = reinforce_plus_plus_advantages(TOKEN_REWARDS, TOKENS, gamma=0.5)
+    close(advantages[counts], (returns - returns.mean()) / returns.std(ddof=1), rtol=1e-5)
+    assert not np.any(advantages[~counts])
+
+
+def test_groups_with_equal_rewards_are_dropped_and_counted():
+    # The deviation of three times 0.1 is 1.4e-17 in float64, and not 0.
+    rewards = array([0.1, 0.1, 0.1, 1, 0, 1, np.nan, np.nan, np.nan, np.nan, 2, 2])
+    keep, share = drop_zero_std_groups(rewards, 3)
+    np.testing.assert_array_equal(keep, np.repeat([False, True, False, False], 3))
+    close(share, 0.75)
+
+
+def test_statistics_of_all_devices_are_those_of_the_whole():
+    rng, mesh = (
+        np.random.default_rng(0),
+        jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2]),
+    )
+
+    def estimate(rewards, tokens, mask, axis_name=None):
+        gdpo = multi_objective_advantages(
+            rewards, 2, multi_objective_aggregation="normalize_then_sum", axis_name=axis_name
+        )
+        returns = reinforce_plus_plus_advantages(tokens, mask, axis_name=axis_name)
+        return gdpo, returns, drop_zero_std_groups(rewards[:, 0], 2, axis_name=axis_name)
+
+    fields = array(rng.normal(size=(8, 2))), array(rng.normal(size=(8, 3))), array(rng.random((8, 3)) < 0.6)
+    fields = fields[0].at[:2, 0].set(1.0), *fields[1:]
+    mapped = functools.partial(estimate, axis_name="data")
+    specs = P("data"), P("data"), type(drop_zero_std_groups(fields[0][:, 0], 2))(P("data"), P())
+    sharded = jax.jit(jax.shard_map(mapped, mesh=mesh, in_specs=P("data"), out_specs=specs))(*fields)
+    jax.tree.map(functools.partial(close, rtol=1e-5, atol=1e-6), sharded, jax.jit(estimate)(*fields))

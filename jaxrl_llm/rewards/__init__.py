@@ -2,6 +2,7 @@
 
 host       reward(prompts, completions, **columns) -> list[float | None]      what fails: scoring.py
 traceable  reward(completion_ids, completion_mask, ...) -> [rows]             a GRPO iteration under one jit
+credit     scores of completions -> rewards and advantages of their tokens    PPO and REINFORCE: credit.py
 
 On a command line, `--reward-funcs` takes a short name from the table, package.module:function or path/file.py:function;
 options follow in parentheses, such as 'soft_overlong(max_completion_length=256, cache=20)', quoted from the shell.
@@ -36,6 +37,12 @@ from jaxrl_llm.rewards.arithmetic import uses_numbers as uses_numbers
 from jaxrl_llm.rewards.calls import OnError as OnError
 from jaxrl_llm.rewards.calls import Reward as Reward
 from jaxrl_llm.rewards.calls import RewardError as RewardError
+from jaxrl_llm.rewards.credit import ResponseAdvantages as ResponseAdvantages
+from jaxrl_llm.rewards.credit import penalize_missing_eos as penalize_missing_eos
+from jaxrl_llm.rewards.credit import response_advantages as response_advantages
+from jaxrl_llm.rewards.credit import soft_overlong_punishment as soft_overlong_punishment
+from jaxrl_llm.rewards.credit import step_mask as step_mask
+from jaxrl_llm.rewards.credit import token_rewards as token_rewards
 from jaxrl_llm.rewards.formats import tag_format as tag_format
 from jaxrl_llm.rewards.formats import think_format as think_format
 from jaxrl_llm.rewards.loading import load_reward as load_reward
