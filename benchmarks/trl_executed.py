@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_pt_utils import LabelSmoother
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.gkd import GKDTrainer
+from trl.experimental.gmpo import GMPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
@@ -120,6 +121,10 @@ class Accelerator:
     gather_for_metrics = gather
 
     def reduce(self, x: Any, reduction: str = "sum") -> Any:
+        """Returns what the one process has."""
+        return x
+
+    def pad_across_processes(self, x: Any, dim: int = 0, pad_index: int = 0) -> Any:
         """Returns what the one process has."""
         return x
 
@@ -310,8 +315,12 @@ def grpo(
     temperature: float = 1.0,
     max_completion_length: int = 10,
     on_policy: bool = False,
+    use_bias_correction_kl: bool = False,
+    top_entropy_quantile: float = 1.0,
+    off_policy_mask_threshold: float | None = None,
+    corrected: bool = False,
 ) -> Executed:
-    """Executes `GRPOTrainer._compute_loss`."""
+    """Executes `GRPOTrainer._compute_loss`, or that of GMPO; `corrected` is for a sampler that was the reference."""
     policy, tensors = Model(batch.policy, dtype, temperature), _tensors(batch)
     ids, mask = tensors["input_ids"], tensors["completion_mask"][:, PROMPT:]
 
@@ -330,18 +339,28 @@ def grpo(
     }
     if not on_policy:
         inputs["old_per_token_logps"] = log_probs(batch.old)
+    if corrected:  # As the trainer does before the loss, in its mode `token_truncate`.
+        gap = (inputs["old_per_token_logps"] - inputs["ref_per_token_logps"]) * mask
+        inputs["importance_sampling_ratio"] = gap.exp().clamp(max=3.0)
+    defaults = {
+        name: field.default
+        for name, field in GRPOConfig.__dataclass_fields__.items()
+        if name.startswith(("sapo_", "vespo_"))
+    }
+    settings = {"delta": delta, "use_bias_correction_kl": use_bias_correction_kl, "steps_per_generation": 1}
     trainer = _trainer(
-        GRPOTrainer,
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
+        GMPOTrainer if loss_type == "gmpo" else GRPOTrainer,
+        args=SimpleNamespace(**settings, **defaults),
         model=policy,
-        top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        top_entropy_quantile=top_entropy_quantile,
+        off_policy_mask_threshold=off_policy_mask_threshold,
+        vllm_importance_sampling_correction=corrected,
         importance_sampling_level=level,
         beta=beta,
         loss_type=loss_type,
         epsilon_low=epsilon,
         epsilon_high=epsilon if epsilon_high is None else epsilon_high,
-        use_vllm=False,
+        use_vllm=corrected,
         current_gradient_accumulation_steps=1,
         max_completion_length=max_completion_length,
         _entropy_bonus_enabled=entropy_coef != 0,
@@ -350,6 +369,27 @@ def grpo(
     )
     # Without the decorator, which reports times.
     score = GRPOTrainer._get_per_token_logps_and_entropies.__wrapped__
+    trainer._get_per_token_logps_and_entropies = functools.partial(score, trainer)
+    trainer.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, trainer)
+    return _executed(trainer._compute_loss(policy, inputs), policy)
+
+
+def rloo(batch: Batch, dtype: torch.dtype, *, epsilon: float = 0.2, epsilon_high: float | None = None) -> Executed:
+    """Executes `RLOOTrainer._compute_loss`."""
+    policy, tensors = Model(batch.policy, dtype), _tensors(batch)
+    ids, mask = tensors["input_ids"], tensors["completion_mask"][:, PROMPT:]
+    old = Model(batch.old, dtype)(labels=ids, fused_lm_head=True).log_probs[:, PROMPT - 1 :].detach()
+    inputs = {
+        "prompt_ids": ids[:, :PROMPT],
+        "prompt_mask": torch.ones_like(ids[:, :PROMPT]),
+        "completion_ids": ids[:, PROMPT:],
+        "completion_mask": mask,
+        "advantages": torch.tensor(batch.advantages, dtype=dtype),
+        "old_logps": (old * mask).sum(1),
+    }
+    high = epsilon if epsilon_high is None else epsilon_high
+    trainer = _trainer(RLOOTrainer, model=policy, epsilon_low=epsilon, epsilon_high=high)
+    score = RLOOTrainer._get_per_token_logps_and_entropies.__wrapped__
     trainer._get_per_token_logps_and_entropies = functools.partial(score, trainer)
     return _executed(trainer._compute_loss(policy, inputs), policy)
 

@@ -169,20 +169,34 @@ def our_grpo(
     level: str = "token",
     temperature: float = 1.0,
     on_policy: bool = False,
+    corrected: bool = False,
+    top_entropy_quantile: float = 1.0,
     **options: Any,
 ) -> jax.Array:
     policy, old, reference = (respond(x, batch.tokens, temperature) for x in (logits, batch.old, batch.reference))
+    mask = mask_of(batch)
+    if corrected:
+        pair = old.log_probs, reference.log_probs
+        options["correction"] = losses.importance_correction(*pair, mask, mode="token_truncate")
+    if top_entropy_quantile != 1:
+        options["entropy_mask"] = losses.top_entropy_mask(policy.entropy, mask, top_entropy_quantile)
     return losses.grpo_loss(
         policy.log_probs,
         None if on_policy else old.log_probs,
         batch.advantages,
-        mask_of(batch),
+        mask,
         ref_log_probs=reference.log_probs,
         entropy=policy.entropy,
         importance_sampling_level=level,
         weights=weights,
         **options,
     )[0]
+
+
+def our_rloo(logits: jax.Array, batch: Any, weights: Any, **options: Any) -> jax.Array:
+    policy, old = (respond(x, batch.tokens) for x in (logits, batch.old))
+    fields = policy.log_probs, old.log_probs, batch.advantages, mask_of(batch)
+    return losses.rloo_loss(*fields, weights=weights, **options)[0]
 
 
 def our_fused_head(logits: jax.Array, batch: Any, weights: jax.Array, **options: Any) -> jax.Array:
@@ -294,6 +308,17 @@ def _grpo_cases() -> Iterable[Case]:
         {"loss_type": "dapo", "epsilon": 0.05, "delta": 1.1},
         {"loss_type": "grpo", "temperature": 0.7},
         {"loss_type": "dapo", "on_policy": True},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        *({"loss_type": name} for name in ("sapo", "vespo")),
+        {"loss_type": "sapo", "level": "sequence"},
+        *({"loss_type": "luspo", "level": "sequence"} | row for row in ({}, {"beta": 0.04})),
+        *({"loss_type": "gmpo", "epsilon": epsilon} for epsilon in (0.4, 0.08)),
+        {"loss_type": "gmpo", "epsilon": 0.4, "beta": 0.04, "top_entropy_quantile": 0.4},
+        *(row | {"beta": 0.04, "use_bias_correction_kl": True} for row in every[:2]),
+        {"loss_type": "dapo", "top_entropy_quantile": 0.2},
+        {"loss_type": "grpo", "beta": 0.04, "off_policy_mask_threshold": 0.0},
+        {"loss_type": "dapo", "beta": 0.04, "corrected": True},
+        {"loss_type": "vespo", "corrected": True},
     ]
     for row in rows:
         row |= {"max_completion_length": MAX_COMPLETION_LENGTH} if row["loss_type"] == "dr_grpo" else {}
@@ -301,7 +326,10 @@ def _grpo_cases() -> Iterable[Case]:
         def weights(batch: Any, row: dict = row) -> Any:
             return grpo_weights(mask_of(batch), row["loss_type"], max_completion_length=MAX_COMPLETION_LENGTH)
 
-        yield Case("grpo", our_grpo, weights, row)
+        # TRL picks the temperature of SAPO in float32.
+        yield Case("grpo", our_grpo, weights, row, "both" if row["loss_type"] == "sapo" else "float64")
+    for row in ({}, {"epsilon": 0.05}, {"epsilon_high": 0.5}):
+        yield Case("rloo", our_rloo, lambda batch: losses.rloo_weights(mask_of(batch)), row)
 
 
 CASES = {case.name: case for case in (*_dpo_cases(), *_other_cases(), *_grpo_cases())}
