@@ -19,13 +19,16 @@ References:
 
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxrl_llm.types import Key, Params
 
@@ -128,28 +131,36 @@ def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
         ValueError: If a target names no layer.
     """
     kernels = _target_kernels(params, config.target_modules)
-    lora: dict[str, Any] = {}
+    pairs = {}
     for path, init_key in zip(kernels, jax.random.split(key, len(kernels)), strict=True):
         layers, inputs, outputs = kernels[path].shape
         bound = inputs**-0.5
-        pair = {
-            "a": jax.random.uniform(init_key, (layers, inputs, config.r), jnp.float32, -bound, bound),
-            "b": jnp.zeros((layers, config.r, outputs), jnp.float32),
-        }
-        *parents, name = path.split("/")
-        inner = lora
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = pair
+        pairs[f"{path}/a"] = jax.random.uniform(init_key, (layers, inputs, config.r), jnp.float32, -bound, bound)
+        pairs[f"{path}/b"] = jnp.zeros((layers, config.r, outputs), jnp.float32)
     # Copies, for a training step gives the memory of what it trains away.
-    return lora | {name: jax.tree.map(jnp.copy, params[name]) for name in TRAINED_WHOLE if name in params}
+    return _nested(pairs) | {name: jax.tree.map(jnp.copy, params[name]) for name in TRAINED_WHOLE if name in params}
 
 
 def _linear_kernels(params: Params) -> dict[str, Any]:
     """Finds the stacked kernels, by the paths of their layers."""
-    leaves = jax.tree.leaves_with_path(params)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-    return {name.removesuffix("/kernel"): leaf for name, leaf in named if re.search(r"\bblocks/.*/kernel$", name)}
+    leaves = _flat(params).items()
+    return {path.removesuffix("/kernel"): leaf for path, leaf in leaves if re.search(r"\bblocks/.*/kernel$", path)}
+
+
+def _flat(tree: Params) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = leaf
+    return tree
 
 
 def _target_kernels(params: Params, target_modules: Sequence[str]) -> dict[str, Any]:
@@ -246,3 +257,25 @@ def split_trainable(params: Params) -> tuple[Params, Adapted | None]:
 def join_trainable(trainable: Params, frozen: Adapted | None) -> Params:
     """Undoes `split_trainable`."""
     return trainable if frozen is None else dataclasses.replace(frozen, lora=trainable)
+
+
+def save_adapters(path: str | os.PathLike[str], lora: Params) -> None:
+    """Saves adapters as one safetensors file, under their paths; it appears in one rename.
+
+    Args:
+        path: File to write; its folder exists.
+        lora: The adapters.
+    """
+    from safetensors.numpy import save
+
+    path = Path(path)
+    beside = path.with_name(f".saving-{path.name}")
+    beside.write_bytes(save({name: np.asarray(leaf) for name, leaf in _flat(lora).items()}))
+    beside.replace(path)
+
+
+def load_adapters(path: str | os.PathLike[str]) -> Params:
+    """Loads what `save_adapters` wrote."""
+    from safetensors.numpy import load_file
+
+    return _nested({name: jnp.asarray(leaf) for name, leaf in load_file(path).items()})

@@ -5,12 +5,15 @@ Values are checked by `validate`, which `run` calls, not in `__post_init__`: a f
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optax
 
+from jaxrl_llm.models import LoraConfig
 from jaxrl_llm.optimizers import make_optimizer, make_schedule
 from jaxrl_llm.optimizers.first_order import OptimizerName, ScheduleName
+
+Options = TypeVar("Options", bound="ModelOptions")
 
 
 def require(name: str, value: Any, meant: str, holds: Callable[[Any], bool]) -> None:
@@ -61,7 +64,48 @@ class RunOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class LoraOptions:
+    """Whether to train all parameters, or small adapters beside them."""
+
+    lora: bool = False
+    """Train low-rank adapters (LoRA) beside the model, which stays as it is; the saved model has them merged in."""
+    lora_r: int = 8
+    """Rank of the adapters."""
+    lora_alpha: float = 16.0
+    """Scale of what the adapters add, times their rank."""
+    lora_dropout: float = 0.0
+    """Dropout on the inputs of adapters in training."""
+    target_modules: tuple[str, ...] = ()
+    """Layers to adapt: names (`query`), expressions for whole paths (`blocks/mlp_.*`), or all-linear; empty: attention."""
+    use_rslora: bool = False
+    """Divide lora_alpha by the root of the rank, not by the rank."""
+
+    def validate_lora(self) -> None:
+        """Checks the values."""
+        require_at_least(1, lora_r=self.lora_r)
+        require("lora_alpha", self.lora_alpha, "positive", lambda alpha: alpha > 0)
+        require("lora_dropout", self.lora_dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
+        for field in dataclasses.fields(LoraOptions):
+            unchanged = getattr(self, field.name) == field.default
+            meant = f"{field.default!r} unless lora is true: nothing else reads it"
+            require(field.name, getattr(self, field.name), meant, lambda _, same=unchanged: self.lora or same)
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """What is adapted; None where all parameters are trained."""
+        if not self.lora:
+            return None
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            use_rslora=self.use_rslora,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoraOptions):
     """Which model to train: a saved one, or a new one."""
 
     model: str = ""
@@ -93,10 +137,20 @@ class ModelOptions:
 
     def validate_model(self) -> None:
         """Checks the values."""
+        self.validate_lora()
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "chunk_size")}
         require_at_least(1, **sizes)
         require("initializer_range", self.initializer_range, "positive", lambda std: std > 0)
         require("dropout", self.dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
+
+    @property
+    def drops_out(self) -> bool:
+        """Whether training draws random numbers for dropout."""
+        return self.dropout > 0 or (self.lora and self.lora_dropout > 0)
+
+    def without_dropout(self: Options) -> Options:
+        """Sets every dropout to 0, for evaluations."""
+        return dataclasses.replace(self, dropout=0.0, lora_dropout=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

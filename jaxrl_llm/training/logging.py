@@ -28,7 +28,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-_WRITTEN_BY_A_RUN = ("config.json", "metrics.jsonl", "samples.jsonl", "events.out.tfevents.*", "checkpoints")
+_WRITTEN_BY_A_RUN = (
+    "config.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "events.out.tfevents.*",
+    "checkpoints",
+    "adapter.safetensors",
+)
 _STOP_MESSAGE = "\nStopping after this step, then saving. Press Ctrl-C once more to quit at once."
 
 

@@ -87,8 +87,6 @@ def test_fresh_adapters_change_no_bit_and_trained_ones_equal_the_merged_weights(
     logits = logits_of(module, adapted)
     assert abs(logits - plain).max() > 0.1
     np.testing.assert_allclose(logits, logits_of(module, merge_lora(adapted)), atol=1e-5, rtol=1e-5)
-    off = split_trainable(adapted)[1]
-    np.testing.assert_array_equal(logits_of(module, off), plain)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

@@ -76,7 +76,7 @@ def make_loss(student: LanguageModel, teacher: LanguageModel, config: Config, *,
 
     An evaluation measures the student's negative log-likelihood too.
     """
-    noisy, known_tokens = config.dropout > 0 and not evaluation, len(teacher.tokenizer)
+    noisy, known_tokens = config.drops_out and not evaluation, len(teacher.tokenizer)
 
     def loss_fn(params: Params, batch: sft.Batch, key: Key, frozen: Params) -> tuple[Scalar, Metrics]:
         tokens, mask, learned = batch.tokens[:, :-1], batch.mask[:, :-1], batch.loss_mask[:, 1:]

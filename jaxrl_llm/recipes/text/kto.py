@@ -137,7 +137,7 @@ def make_score(model: LanguageModel, config: Config):
             jnp.asarray(batch.tokens),
             jnp.asarray(batch.mask),
             chunk_size=config.chunk_size,
-            dropout_key=key if config.dropout > 0 else None,
+            dropout_key=key if config.drops_out else None,
         )
         return sequence_log_probs(statistics.log_probs, targets(batch)), statistics
 
@@ -252,7 +252,7 @@ def run(config: Config) -> dict[str, Any]:
         for examples in parts
     )
     report("KTO", config, model, train, held_out)
-    quiet = dataclasses.replace(config, dropout=0.0)
+    quiet = config.without_dropout()
     estimates_kl = config.loss_type == "kto"
     if estimates_kl and min(len(train.rows), len(held_out.rows)) < 2:
         raise ValueError(

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +23,22 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.data.sums import ALPHABET
 from jaxrl_llm.data.tokenizers import Tokenizer
-from jaxrl_llm.models import GPT2, Decoder, GPT2Config, Llama, LlamaConfig, ScalarHead, from_pretrained, head_kernel
+from jaxrl_llm.models import (
+    GPT2,
+    Adapted,
+    Decoder,
+    GPT2Config,
+    Llama,
+    LlamaConfig,
+    ScalarHead,
+    adapt,
+    from_pretrained,
+    head_kernel,
+    merge_lora,
+    save_adapters,
+    save_pretrained,
+    split_trainable,
+)
 from jaxrl_llm.recipes.options import ModelOptions
 from jaxrl_llm.rewards import named_task_rows
 from jaxrl_llm.rollouts import generate
@@ -31,10 +47,12 @@ from jaxrl_llm.types import Key, Params
 
 CHARACTERS = "characters:"
 TASK = "task:"
+ADAPTER = "adapter.safetensors"
+"""The trained adapters of a run, beside the folder of its model, in which they are merged."""
 
 
 class LanguageModel(NamedTuple):
-    """A model with its parameters and its tokenizer."""
+    """A model with its parameters, plain or with adapters, and its tokenizer."""
 
     module: Decoder | ScalarHead
     params: Params
@@ -63,8 +81,14 @@ class LanguageModel(NamedTuple):
 
     @property
     def num_params(self) -> int:
-        """Number of parameters."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        """Number of parameters, adapters included."""
+        return _count(self.params)
+
+    @property
+    def trainable_share(self) -> str:
+        """How many parameters are trained, such as `294,912 of 124,734,720, 0.24 %`."""
+        count, total = _count(split_trainable(self.params)[0]), self.num_params
+        return f"{count:,} of {total:,}, {100 * count / total:.2f} %"
 
 
 def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
@@ -72,12 +96,13 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
 
     Args:
         options: Which model.
-        key: Key of new parameters.
+        key: Key of new parameters, and of adapters.
         tokenizer: Of a new model, instead of the one that the options name.
 
     Raises:
         ValueError: If a saved model comes without a tokenizer.
     """
+    key, lora_key = jax.random.split(key) if options.lora else (key, key)
     if options.model:
         module, params, tokenizer = from_pretrained(options.model)
         if tokenizer is None:
@@ -90,7 +115,30 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
     module = module.clone(config=dataclasses.replace(config, dtype=jnp.dtype(options.dtype), remat=options.remat))
     if params is None:
         params = jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
-    return LanguageModel(module, params, tokenizer)
+    return with_adapters(LanguageModel(module, params, tokenizer), options, lora_key)
+
+
+def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:
+    """Puts fresh adapters beside the parameters if the options say so.
+
+    Raises:
+        ValueError: If `target_modules` names no layer.
+    """
+    if options.lora_config is None:
+        return model
+    base = jax.tree.map(jnp.asarray, model.params)  # every step reads it: it is put in its place once
+    return model._replace(params=adapt(key, base, options.lora_config))
+
+
+def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
+    """Saves a trained model and its tokenizer; adapters are merged into it, and saved beside the folder too."""
+    save_pretrained(folder, model.module, merge_lora(params), model.tokenizer)
+    if isinstance(params, Adapted):
+        save_adapters(folder.with_name(ADAPTER), params.lora)
+
+
+def _count(params: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _new_module(options: ModelOptions, tokenizer: Tokenizer) -> Decoder:

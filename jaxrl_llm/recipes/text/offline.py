@@ -28,11 +28,27 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.data.examples import Prompt
 from jaxrl_llm.data.tokenizers import Tokenizer
-from jaxrl_llm.models import ScalarHead, from_pretrained, from_pretrained_reward_model, save_pretrained
+from jaxrl_llm.models import (
+    Adapted,
+    ScalarHead,
+    from_pretrained,
+    from_pretrained_reward_model,
+    join_trainable,
+    load_adapters,
+    split_trainable,
+)
 from jaxrl_llm.recipes.loop import EarlyStopping, training_loop
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions, RunOptions, require, require_at_least
 from jaxrl_llm.recipes.progress import facts
-from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_rows, read_dataset, require_room
+from jaxrl_llm.recipes.text.language_model import (
+    ADAPTER,
+    LanguageModel,
+    complete,
+    load_rows,
+    read_dataset,
+    require_room,
+    save_model,
+)
 from jaxrl_llm.reductions import combine_metrics
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
 from jaxrl_llm.training.step import LossFunction, WeightsFunction
@@ -151,11 +167,23 @@ class Task(NamedTuple):
     show: Sequence[str] = ("loss", "eval_loss")
 
 
+class Fixed(NamedTuple):
+    """What a step reads and never changes; it is an argument of the compiled step, so that there is one copy of it.
+
+    Attributes:
+        base: The model without its adapters; None where all of it is trained.
+        frozen: What the task needs.
+    """
+
+    base: Adapted | None
+    frozen: Params | None
+
+
 class OfflineState(NamedTuple):
     """What a run changes.
 
     Attributes:
-        train: The model and its optimizer.
+        train: The model, or its adapters alone, and its optimizer.
         ref_params: The reference, where it follows the model; else None, for it is the model of the start.
         num_tokens: Tokens read so far, prompts with them.
     """
@@ -224,10 +252,13 @@ def train_offline(
         complete run, `model` (its folder).
 
     Raises:
-        ValueError: If a row is longer than the model reads.
+        ValueError: If a row is longer than the model reads, or the reference of adapters should move.
     """
     _, key, sample_key = run_keys(config.seed)
     reference = reference or ReferenceOptions()
+    trainable, base = split_trainable(model.params)
+    meant = "false with lora: the reference is the model with its adapters off, and stays"
+    require("sync_ref_model", reference.sync_ref_model, meant, lambda moves: not moves or base is None)
     lengths = None
     if config.group_by_length:
         lengths = np.array([task.length(row) for row in task.train])
@@ -236,9 +267,9 @@ def train_offline(
     total_steps = config.max_steps or max(round(config.num_train_epochs * num_rows / size), 1)
     optimizer, schedule = config.optimizer(total_steps), config.schedule(total_steps)
 
-    def one_step(state: TrainState, batch: Any, key: Key, frozen: Params | None) -> tuple[TrainState, Metrics]:
+    def one_step(state: TrainState, batch: Any, key: Key, fixed: Fixed) -> tuple[TrainState, Metrics]:
         step = make_train_step(
-            _with_frozen(task.loss_fn, frozen),
+            _with_fixed(task.loss_fn, fixed),
             optimizer,
             weights_fn=task.weights_fn,
             num_microbatches=config.gradient_accumulation_steps,
@@ -250,8 +281,9 @@ def train_offline(
     sync = jax.jit(sync_reference, donate_argnums=0)
     prepare = None if task.prepare is None else jax.jit(task.prepare)
     score = None if task.reference_fn is None else jax.jit(task.reference_fn)
-    # Copies, for the step gives the memory of its state away.
-    start = None if score is None else jax.tree.map(jnp.copy, model.params)
+    start = base
+    if score is not None and base is None:  # a copy, for the step gives the memory of its state away
+        start = jax.tree.map(jnp.copy, model.params)
     held_out = _stack(task, min(size, len(task.held_out)))
     scored = None
     if score is not None and not reference.sync_ref_model:
@@ -259,6 +291,9 @@ def train_offline(
     if score is not None and reference.precompute_ref_log_probs:
         scored, start = _score_all(partial(score, start), task, longest, size), None
     evaluate = make_evaluation(task, held_out)
+
+    def policy(state: OfflineState) -> Params:
+        return join_trainable(state.train.params, base)
 
     def update(state: OfflineState, index: int) -> tuple[OfflineState, Metrics]:
         indices = batch_indices(num_rows, size, seed=config.seed, step=index, lengths=lengths)
@@ -272,8 +307,8 @@ def train_offline(
         elif score is not None:
             batch = batch._replace(reference=score(state.ref_params if reference.sync_ref_model else start, batch))
         if prepare is not None:
-            batch = prepare(state.train.params, batch)
-        train, metrics = step(state.train, batch, key, task.frozen)
+            batch = prepare(policy(state), batch)
+        train, metrics = step(state.train, batch, key, Fixed(base, task.frozen))
         ref_params = state.ref_params
         if reference.sync_ref_model:
             ref_params = sync(
@@ -291,21 +326,20 @@ def train_offline(
     folder = Path(config.output_dir) / "model"
     state, complete_run = training_loop(
         config,
-        OfflineState(init_train_state(model.params, optimizer), start if reference.sync_ref_model else None),
+        OfflineState(init_train_state(trainable, optimizer), start if reference.sync_ref_model else None),
         update,
         total_steps=total_steps,
         label=task.label,
-        evaluate=lambda state: evaluate(state.train.params, state.ref_params),
-        sample=_sampler(config, model, task, sample_key),
-        early_stopping=_early_stopping(config, model, folder),
+        evaluate=lambda state: evaluate(policy(state), state.ref_params),
+        sample=_sampler(config, model, task, sample_key, policy),
+        early_stopping=_early_stopping(config, model, folder, policy),
         show=task.show,
     )
-    params = state.train.params
+    params = policy(state)
     if complete_run and config.early_stopping_patience:  # the best model is there already
-        load = from_pretrained_reward_model if isinstance(model.module, ScalarHead) else from_pretrained
-        params = load(folder)[1]
+        params = _load_best(folder, model, base)
     elif complete_run:
-        save_pretrained(folder, model.module, params, model.tokenizer)
+        save_model(folder, model, params)
     figures: dict[str, Any] = {k: float(v) for k, v in evaluate(params, state.ref_params).items()}
     return params, figures | ({"model": str(folder)} if complete_run else {})
 
@@ -332,7 +366,7 @@ def make_evaluation(task: Task, held_out: Any) -> Callable[[Params, Params | Non
 
     @jax.jit
     def evaluate(params: Params, ref_params: Params | None, held_out: Any, frozen: Params | None) -> Metrics:
-        loss_fn = _with_frozen(task.evaluation_loss_fn, frozen)
+        loss_fn = _with_fixed(task.evaluation_loss_fn, Fixed(None, frozen))
 
         def one(batch: Any) -> Metrics:
             if ref_params is not None and task.reference_fn is not None:
@@ -356,8 +390,18 @@ def make_evaluation(task: Task, held_out: Any) -> Callable[[Params, Params | Non
     return named
 
 
-def _with_frozen(loss_fn: Callable[..., tuple[Scalar, Metrics]], frozen: Params | None) -> LossFunction:
-    return loss_fn if frozen is None else partial(loss_fn, frozen=frozen)
+def _with_fixed(loss_fn: Callable[..., tuple[Scalar, Metrics]], fixed: Fixed) -> LossFunction:
+    """Makes a loss of what is trained out of one of all parameters."""
+    options = {} if fixed.frozen is None else {"frozen": fixed.frozen}
+    return lambda params, batch, key: loss_fn(join_trainable(params, fixed.base), batch, key, **options)
+
+
+def _load_best(folder: Path, model: LanguageModel, base: Adapted | None) -> Params:
+    """Loads what early stopping kept."""
+    if base is not None:
+        return join_trainable(load_adapters(folder.with_name(ADAPTER)), base)
+    load = from_pretrained_reward_model if isinstance(model.module, ScalarHead) else from_pretrained
+    return load(folder)[1]
 
 
 def _stack(task: Task, size: int) -> Any:
@@ -380,7 +424,7 @@ def _score_all(score: Callable[[Any], Any], task: Task, length: int, size: int) 
 
 
 def _sampler(
-    config: OfflineOptions, model: LanguageModel, task: Task, key: Key
+    config: OfflineOptions, model: LanguageModel, task: Task, key: Key, policy: Callable[[OfflineState], Params]
 ) -> Callable[[OfflineState, int], list[dict[str, Any]]] | None:
     """Makes `sample(state, step) -> [{"prompt", "completion"}]`, from the model's own distribution.
 
@@ -396,7 +440,7 @@ def _sampler(
     def sample(state: OfflineState, step: int) -> list[dict[str, Any]]:
         texts = complete(
             model,
-            state.train.params,
+            policy(state),
             prompts,
             jax.random.fold_in(key, step),
             max_new_tokens=length,
@@ -407,12 +451,14 @@ def _sampler(
     return sample
 
 
-def _early_stopping(config: OfflineOptions, model: LanguageModel, folder: Path) -> EarlyStopping | None:
+def _early_stopping(
+    config: OfflineOptions, model: LanguageModel, folder: Path, policy: Callable[[OfflineState], Params]
+) -> EarlyStopping | None:
     if not config.early_stopping_patience:
         return None
 
     def keep(state: OfflineState) -> None:
-        save_pretrained(folder, model.module, state.train.params, model.tokenizer)
+        save_model(folder, model, policy(state))
 
     return EarlyStopping("eval_loss", config.early_stopping_patience, keep)
 
@@ -429,7 +475,10 @@ def targets(batch: TokenBatch) -> Bool[Array, "batch targets"]:
 
 def report(title: str, config: OfflineOptions, model: LanguageModel, train: Any, held_out: Any) -> None:
     """Prints what is going to be learned."""
-    facts(
-        f"{title} on {config.dataset}",
-        {"training": train, "held out": held_out, "parameters": model.num_params, "folder": config.output_dir},
-    )
+    known = {"training": train, "held out": held_out} | sizes(config, model)
+    facts(f"{title} on {config.dataset}", known | {"folder": config.output_dir})
+
+
+def sizes(config: ModelOptions, model: LanguageModel) -> dict[str, Any]:
+    """Counts the parameters, and those that are trained where they are not all."""
+    return {"parameters": model.num_params} | ({"trainable": model.trainable_share} if config.lora else {})

@@ -1,6 +1,5 @@
 """Pairs of responses, as the recipes that learn from preferences see them."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -86,7 +85,7 @@ def score_pairs(
         tokens,
         mask,
         chunk_size=config.chunk_size,
-        dropout_key=key if config.dropout > 0 else None,
+        dropout_key=key if config.drops_out else None,
     )
     rows = len(tokens) // 2
     return jax.tree.map(lambda x: x[:rows], statistics), jax.tree.map(lambda x: x[rows:], statistics)
@@ -158,7 +157,7 @@ def train_on_pairs(
         for examples in load_splits(config, preference_example)
     )
     report(title, config, model, train, held_out)
-    quiet = dataclasses.replace(config, dropout=0.0)
+    quiet = config.without_dropout()
     task = Task(
         label=title.lower(),
         train=train.rows,

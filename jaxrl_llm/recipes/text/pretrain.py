@@ -40,7 +40,7 @@ from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
-from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, sizes, train_offline
 
 BPE = "bpe:"
 SAMPLE = 2**24
@@ -140,8 +140,8 @@ def load_windows(config: Config, texts: Sequence[str], tokenizer: Tokenizer) -> 
 
 def make_loss(model: LanguageModel, config: Config):
     """Makes `loss_fn(params, batch, key)`: that of `sft`, where every token of a window but its first is a target."""
-    settings = sft.Config(dropout=config.dropout, chunk_size=config.chunk_size, z_loss=config.z_loss)
-    return sft.make_loss(model, settings)
+    names = "dropout", "lora", "lora_dropout", "chunk_size", "z_loss"
+    return sft.make_loss(model, sft.Config(**{name: getattr(config, name) for name in names}))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -162,9 +162,9 @@ def run(config: Config) -> dict[str, Any]:
     num_bytes = sum(len(text.encode()) for text in texts[1])
     num_targets = sum(len(window.ids) - 1 for window in held_out)
     shown = {"training": _describe(train), "held out": f"{_describe(held_out)} from {num_bytes:,} bytes"}
-    more = {"vocabulary": len(model.tokenizer), "parameters": model.num_params, "folder": config.output_dir}
-    facts(f"Pretraining on {Path(config.dataset).name}", shown | more)
-    quiet = dataclasses.replace(config, dropout=0.0, z_loss=0.0)
+    shown |= {"vocabulary": len(model.tokenizer)} | sizes(config, model)
+    facts(f"Pretraining on {Path(config.dataset).name}", shown | {"folder": config.output_dir})
+    quiet = dataclasses.replace(config.without_dropout(), z_loss=0.0)
     start = np.array([model.tokenizer.eos_token_id], np.int32)
     task = Task(
         label="pretrain",

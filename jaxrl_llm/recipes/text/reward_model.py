@@ -40,7 +40,7 @@ from jaxrl_llm.recipes.options import ModelOptions, require
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.statistics import pearson_correlation, wilson_interval
 from jaxrl_llm.recipes.text import pairs
-from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, require_room
+from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, require_room, with_adapters
 from jaxrl_llm.recipes.text.offline import (
     OfflineOptions,
     Task,
@@ -131,11 +131,16 @@ def load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
 
     Args:
         options: Which model.
-        key: Key of new parameters.
+        key: Key of new parameters, and of adapters.
 
     Raises:
         ValueError: If a saved model comes without a tokenizer.
     """
+    key, lora_key = jax.random.split(key) if options.lora else (key, key)
+    return with_adapters(_load_reward_model(dataclasses.replace(options, lora=False), key), options, lora_key)
+
+
+def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
     if not (options.model and is_reward_model(options.model)):
         model_key, head_key = jax.random.split(key)
         model = load_model(options, model_key)
@@ -175,7 +180,7 @@ def make_pair_loss(module: ScalarHead, config: Config):
 
     def loss_fn(params: Params, batch: PairBatch, key: Key) -> tuple[Scalar, Metrics]:
         texts = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), batch.chosen, batch.rejected)
-        rewards = text_rewards(module, params, texts, key if config.dropout > 0 else None)
+        rewards = text_rewards(module, params, texts, key if config.drops_out else None)
         chosen, rejected = jnp.split(rewards, 2)
         return reward_model_loss(
             chosen,
@@ -192,7 +197,7 @@ def make_rating_loss(module: ScalarHead, config: Config):
     """Makes `loss_fn(params, batch, key)` of ratings."""
 
     def loss_fn(params: Params, batch: RatedTexts, key: Key) -> tuple[Scalar, Metrics]:
-        rewards = text_rewards(module, params, batch.texts, key if config.dropout > 0 else None)
+        rewards = text_rewards(module, params, batch.texts, key if config.drops_out else None)
         return reward_regression_loss(rewards, batch.scores, weights=batch.weights)
 
     return loss_fn
@@ -281,7 +286,7 @@ def run(config: Config) -> dict[str, Any]:
     # The last token is read too, as it is not by a language model.
     longest = max(map(source.length, [*train.rows, *held_out.rows]))
     require_room(model, longest, "lower max_length, or give a new model more n_positions")
-    quiet = dataclasses.replace(config, dropout=0.0)
+    quiet = config.without_dropout()
     count = len(held_out.rows)
     task = Task(
         label="reward model",

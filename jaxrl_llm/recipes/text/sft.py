@@ -125,7 +125,7 @@ def validate(config: Config) -> None:
 
 def make_loss(model: LanguageModel, config: Config):
     """Makes `loss_fn(params, batch, key)`: the cross-entropy of each response token given those before it."""
-    noisy = config.dropout > 0 or config.neftune_noise_alpha > 0
+    noisy = config.drops_out or config.neftune_noise_alpha > 0
 
     def loss_fn(params: Params, batch: Batch, key: Key) -> tuple[Scalar, Metrics]:
         statistics = score_tokens(
@@ -241,7 +241,7 @@ def run(config: Config) -> dict[str, Any]:
     model = load_model(config, run_keys(config.seed)[0])
     data = load_data(config, model)
     report("SFT", config, model, data.train_note, data.held_out)
-    quiet = dataclasses.replace(config, dropout=0.0, neftune_noise_alpha=0.0)
+    quiet = dataclasses.replace(config.without_dropout(), neftune_noise_alpha=0.0)
     prompts = sample_prompts(data.asked, model.tokenizer)
 
     def pack(rows: Sequence[Tokens]) -> Sequence[Any]:
