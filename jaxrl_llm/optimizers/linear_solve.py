@@ -16,7 +16,8 @@ Product: TypeAlias = Callable[[Params], Params]
 def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> Params:
     r"""Solves $A x = b$ for a positive (semi)definite $A$ by a fixed number of conjugate-gradient iterations from x = 0.
 
-    Once the residual vanishes, nothing more happens: a division by zero gives zero.
+    Once the residual is down to rounding errors nothing more happens. (Going on would divide noise by noise, and walk along
+    directions that the matrix does not see.)
 
     Args:
         product: $v \mapsto A v$, on trees.
@@ -30,13 +31,15 @@ def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> 
     def iterate(_: Any, carry: tuple[Params, Params, Params, Scalar]) -> tuple[Params, Params, Params, Scalar]:
         x, residual, search, square = carry
         curved = product(search)
-        size = ratio(square, dot(search, curved))
+        size = jnp.where(square > floor, ratio(square, dot(search, curved)), 0)
         x = optax.tree.add_scale(x, size, search)
         residual = optax.tree.add_scale(residual, -size, curved)
         new_square = dot(residual, residual)
         return x, residual, optax.tree.add_scale(residual, ratio(new_square, square), search), new_square
 
-    start = optax.tree.zeros_like(target), target, target, dot(target, target)
+    square = dot(target, target)
+    floor = square * (10 * jnp.finfo(square.dtype).eps) ** 2
+    start = optax.tree.zeros_like(target), target, target, square
     return jax.lax.fori_loop(0, iterations, iterate, start)[0]
 
 
