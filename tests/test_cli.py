@@ -62,6 +62,8 @@ def test_defaults_in_the_help_are_those_of_the_settings(monkeypatch, capsys):
     shown = options_of_help("sft", monkeypatch, capsys)
     for field in dataclasses.fields(sft.Config):
         default = "''" if field.default == "" else str(field.default)
+        if isinstance(field.default, tuple):
+            default = " ".join(map(str, field.default))  # as it is written on a command line
         assert shown[field.name.replace("_", "-")].split("(default: ")[-1] == f"{default})", field.name
 
 
