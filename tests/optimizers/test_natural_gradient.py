@@ -130,18 +130,22 @@ def test_the_product_is_that_with_the_dense_fisher_and_the_hessian_of_the_kl(hea
     assert np.abs(products).max() > 0.01
 
 
+@functools.partial(jax.jit, static_argnames="head")
+def outputs_and_jacobian(head, params, batch):
+    flat, unravel = ravel_pytree(params)
+    return HEADS[head][0](params, batch), jax.jacrev(lambda flat: HEADS[head][0](unravel(flat), batch))(flat)
+
+
 def dense_fisher(head, params, batch):
     """The mean of the score's outer product: over all actions, or by the formula for a Gaussian's outputs."""
-    distribution = HEADS[head][0]
-    flat, unravel = ravel_pytree(params)
-    jacobian = jax.jit(jax.jacrev(lambda flat: distribution(unravel(flat), batch)))(flat)
+    outputs, jacobian = outputs_and_jacobian(head, params, batch)
     weights = np.asarray(batch["weight"])
     if head == "gaussian":
         precision = np.exp(-2 * np.asarray(params["log_std"]))
         of_mean, of_log_std = map(np.asarray, jacobian)
         by_mean = np.einsum("n,a,nai,naj->ij", weights, precision, of_mean, of_mean)
         return by_mean + 2 * np.einsum("n,nai,naj->ij", weights, of_log_std, of_log_std)
-    probs = np.asarray(jax.nn.softmax(distribution(params, batch)))
+    probs = np.asarray(jax.nn.softmax(outputs))
     jacobian = np.asarray(jacobian)
     scores = jacobian - np.einsum("na,nai->ni", probs, jacobian)[:, None]
     return np.einsum("n,na,nai,naj->ij", weights, probs, scores, scores)
@@ -158,12 +162,26 @@ def test_gaussian_kl_by_hand():
 # Garage's cases (tests/garage/torch/optimizers/test_torch_conjugate_gradient_optimizer.py)
 
 
+solve = jax.jit(lambda a, b, n: conjugate_gradient(lambda v: a @ v, b, iterations=n), static_argnums=2)
+
+
 def test_conjugate_gradients_solve_garages_system():
     half = np.linspace(-np.pi, np.pi, 25).reshape(5, 5)
     matrix, target = half.T @ half, np.linspace(-np.pi, np.pi, 5)
     with jax.enable_x64(True):
-        x = jax.jit(lambda a, b: conjugate_gradient(lambda v: a @ v, b, iterations=5))(matrix, target)
+        x, residual = solve(matrix, target, 5)
     close(matrix @ np.asarray(x), target, atol=1e-6)
+    close(residual, 0, atol=1e-6)
+
+
+def test_the_residual_is_what_remains_of_the_equation():
+    rng = np.random.default_rng(0)
+    half, target = rng.normal(size=(5, 5)), rng.normal(size=5)
+    matrix = half.T @ half + np.eye(5)
+    with jax.enable_x64(True):
+        x, residual = solve(matrix, target, 2)
+    close(matrix @ np.asarray(x), target - np.asarray(residual), atol=1e-9)
+    assert np.abs(residual).max() > 0.01
 
 
 def test_the_product_of_garages_parabola_is_a_hundred():
@@ -189,7 +207,7 @@ def test_two_by_two_hessians_of_garage(seed, diagonal):
 
 @pytest.mark.parametrize("target", [[0.0, 0.0], [1.0, 0.0]])
 def test_conjugate_gradients_go_on_harmlessly_after_the_solution(target):
-    x = conjugate_gradient(lambda v: jnp.array([2.0, 3.0]) * v, jnp.array(target), iterations=20)
+    x, _ = conjugate_gradient(lambda v: jnp.array([2.0, 3.0]) * v, jnp.array(target), iterations=20)
     np.testing.assert_array_equal(x, np.array(target) / [2, 3])
 
 
@@ -368,13 +386,15 @@ def direction_of(params, batch, damping=0.1):
     """The dense solution, and the parts that it is made of, in float64."""
     params, batch = jax.tree.map(np.asarray, (params, batch))
     with jax.enable_x64(True):
-        params, batch = jax.tree.map(
-            lambda x: jnp.asarray(x, np.result_type(x, np.float64) if x.dtype.kind == "f" else x.dtype), (params, batch)
-        )
-        flat, unravel = ravel_pytree(params)
-        grads = np.asarray(ravel_pytree(jax.grad(discrete(params, batch)["surrogate_fn"])(params))[0])
+        params, batch = jax.tree.map(lambda x: jnp.asarray(x, float if x.dtype.kind == "f" else int), (params, batch))
+        grads = np.asarray(ravel_pytree(surrogate_gradient(params, batch))[0])
         fisher = dense_fisher("categorical", params, batch)
-    return np.linalg.solve(fisher + damping * np.eye(flat.size), grads), fisher, grads, unravel
+    return np.linalg.solve(fisher + damping * np.eye(grads.size), grads), fisher, grads
+
+
+@jax.jit
+def surrogate_gradient(params, batch):
+    return jax.grad(discrete(params, batch)["surrogate_fn"])(params)
 
 
 def cosine(a, b):
@@ -392,7 +412,7 @@ def one_step():
 
 def test_the_fisher_matrix_is_averaged_and_not_the_natural_gradients_of_samples():
     params, batch, step, state = one_step()
-    exact, fisher, grads, _ = direction_of(params, batch)
+    exact, fisher, grads = direction_of(params, batch)
     curvature = exact @ fisher @ exact + 0.1 * exact @ exact
     # One length for all tensors, and the length itself: √(2δ / x·Ax), before the line search.
     close(step, state.step_fraction * np.sqrt(0.02 / curvature) * exact, rtol=1e-3, atol=1e-5)
@@ -406,7 +426,7 @@ def test_the_fisher_matrix_is_averaged_and_not_the_natural_gradients_of_samples(
 
 def test_the_product_with_the_fisher_matrix_is_not_elementwise():
     params, batch, step, _ = one_step()
-    exact, fisher, grads, _ = direction_of(params, batch)
+    exact, fisher, grads = direction_of(params, batch)
     assert cosine(step, exact) > 0.9999
     assert cosine(step, grads / (np.diag(fisher) + 0.1)) < 0.99
 
