@@ -13,7 +13,7 @@ Product: TypeAlias = Callable[[Params], Params]
 """`product(vector) -> matrix @ vector`."""
 
 
-def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> Params:
+def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> tuple[Params, Params]:
     r"""Solves $A x = b$ for a positive (semi)definite $A$ by a fixed number of conjugate-gradient iterations from x = 0.
 
     Once the residual is down to rounding errors nothing more happens. (Going on would divide noise by noise, and walk along
@@ -23,6 +23,9 @@ def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> 
         product: $v \mapsto A v$, on trees.
         target: $b$.
         iterations: As many as the dimensions solve exactly, rounding apart; few go far if eigenvalues cluster.
+
+    Returns:
+        $x$, and the residual $b - A x$ (by recursion, so equal to it up to rounding, and without one more product).
 
     References:
         Hestenes and Stiefel, 1952.
@@ -40,7 +43,7 @@ def conjugate_gradient(product: Product, target: Params, *, iterations: int) -> 
     square = dot(target, target)
     floor = square * (10 * jnp.finfo(square.dtype).eps) ** 2
     start = optax.tree.zeros_like(target), target, target, square
-    return jax.lax.fori_loop(0, iterations, iterate, start)[0]
+    return jax.lax.fori_loop(0, iterations, iterate, start)[:2]
 
 
 def dot(a: Params, b: Params) -> Scalar:

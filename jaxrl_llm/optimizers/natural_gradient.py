@@ -152,11 +152,9 @@ def natural_gradient(
         fisher_fn = _equal_categoricals(axis_name) if fisher_fn is None else fisher_fn
         product = fisher_vector_product(distribution_fn, fisher_fn, params, damping=cg_damping, axis_name=axis_name)
         ascent = jax.tree.map(jnp.negative, at_least_float32(grads))
-        direction = conjugate_gradient(product, ascent, iterations=cg_iters)
-        product_of_it = product(direction)
-        residual = ratio(_norm(optax.tree.sub(ascent, product_of_it)), _norm(ascent))
-        length = jnp.sqrt(ratio(2 * max_kl, dot(direction, product_of_it)))
-        full = optax.tree.scale(length, direction)
+        direction, residual = conjugate_gradient(product, ascent, iterations=cg_iters)
+        curvature = dot(direction, optax.tree.sub(ascent, residual))
+        full = optax.tree.scale(jnp.sqrt(ratio(2 * max_kl, curvature)), direction)
         expected = dot(ascent, full)
 
         def step(fraction: Array) -> Params:
@@ -175,7 +173,7 @@ def natural_gradient(
         updates = jax.tree.map(
             lambda d: jnp.where(search.accepted, d, jnp.asarray(-0.0, d.dtype)), step(search.fraction)
         )
-        return updates, _report(search, expected, residual)
+        return updates, _report(search, expected, ratio(_norm(residual), _norm(ascent)))
 
     return optax.GradientTransformationExtraArgs(init, cast(optax.TransformUpdateExtraArgsFn, update))
 

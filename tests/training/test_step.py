@@ -5,6 +5,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -307,3 +308,42 @@ def test_a_batch_that_cannot_hold_weights_is_refused(batch):
     step, state = small(weights_fn=lambda batch, axis_name: jnp.ones(2))
     with pytest.raises(TypeError, match=rf"a dict, or a NamedTuple with a field `weights`, got {type(batch).__name__}"):
         step(state, batch, KEY)
+
+
+def recording():
+    """An optimizer that steps by the extra arguments it is given, and keeps them as its state."""
+
+    def update(grads, state, params, *, start, rows, noise):
+        return jax.tree.map(lambda g: -g * rows, grads), {"seen/start": start, "seen/rows": rows, "seen/noise": noise}
+
+    zeros = {name: jnp.zeros(()) for name in ("seen/start", "seen/rows", "seen/noise")}
+    return optax.GradientTransformationExtraArgs(lambda params: zeros, update)
+
+
+def test_an_optimizer_gets_its_extra_arguments_from_the_whole_batch_and_its_metrics_are_logged():
+    batch = {"x": jnp.ones((4, 2)), "y": jnp.arange(4.0), "mask": jnp.array([1, 0, 1, 1])}
+
+    def extra_args(params, batch, key):
+        counted = (batch["weights"] > 0).sum().astype(jnp.float32)
+        return {"start": params["w"].sum(), "rows": counted, "noise": jax.random.uniform(key)}
+
+    optimizer = recording()
+    state = init_train_state({"w": jnp.array([1.0, 2.0])}, optimizer)
+    results = {}
+    for parts in (1, 2):
+        step = make_train_step(
+            squared,
+            optimizer,
+            weights_fn=weigh,
+            num_microbatches=parts,
+            extra_args_fn=extra_args,
+            optimizer_metrics_fn=lambda opt_state: opt_state,
+        )
+        results[parts] = jax.jit(step)(state, batch, jax.random.key(0))
+    (new, metrics), (by_parts, _) = results.values()
+    assert metrics["seen/start"] == 3
+    assert metrics["seen/rows"] == 3
+    assert metrics["seen/noise"] != metrics["noise"], "the key is not that of the loss"
+    # The gradient of the mean of (3 − y)² over y = 0, 2, 3 is 2 (3 + 1 + 0) / 3, times three rows.
+    np.testing.assert_allclose(new.params["w"], [1 - 8, 2 - 8], rtol=1e-6)
+    np.testing.assert_allclose(by_parts.params["w"], new.params["w"], rtol=1e-6)
