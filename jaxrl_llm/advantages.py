@@ -234,6 +234,22 @@ def multi_objective_advantages(
     return centred / (_std(sum_over_axis((centred**2).sum(), axis_name), count) + epsilon)
 
 
+def token_returns(
+    rewards: Float[Array, "batch time"], mask: Mask, *, gamma: Numeric = 1.0
+) -> Float[Array, "batch time"]:
+    r"""Computes the return of each token, $G_t = r_t + \gamma G_{t+1}$, over the tokens that count.
+
+    Args:
+        rewards: Of each token (`rewards.token_rewards`).
+        mask: Nonzero at completion tokens; 0 elsewhere in the result.
+        gamma: Discount for each token that counts, in [0, 1].
+    """
+    mask = jnp.asarray(mask) != 0
+    discounts = jnp.where(mask, gamma, 1).astype(rewards.dtype)
+    returns = discounted_returns(jnp.where(mask, rewards, 0).T, discounts.T, 0.0).T
+    return jnp.where(mask, returns, 0)
+
+
 def reinforce_plus_plus_advantages(
     rewards: Float[Array, "batch time"],
     mask: Mask,

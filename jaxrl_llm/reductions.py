@@ -201,6 +201,12 @@ def combine_metrics(metrics: dict[str, Num[Array, " parts"]]) -> Metrics:
     return {name: join[_combines_by(name)](value, axis=0) for name, value in metrics.items()}
 
 
+def average_metrics(metrics: dict[str, Num[Array, " steps"]]) -> Metrics:
+    """Joins the metrics of several steps into their means, or the least and largest where their names say so."""
+    join = {"min": jnp.min, "max": jnp.max, "sum": jnp.mean}
+    return {name: join[_combines_by(name)](value, axis=0) for name, value in metrics.items()}
+
+
 def combine_metrics_over_axis(metrics: Metrics, axis_name: str | None) -> Metrics:
     """Joins the metrics of all devices of a mapped axis, as `combine_metrics` does for parts of a batch."""
     if axis_name is None:

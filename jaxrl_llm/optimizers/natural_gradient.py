@@ -130,8 +130,12 @@ def natural_gradient(
 
     def init(params: Params) -> NaturalGradientState:
         del params
-        zero = jnp.zeros((), jnp.float32)
-        return NaturalGradientState(zero, zero, jnp.zeros((), bool), jnp.zeros((), jnp.int32), zero, zero, zero)
+        # An array for each field: a step may give the memory of its state away, and no memory twice.
+        fields = NaturalGradientState._fields
+        zeros = {
+            name: jnp.zeros((), {"accepted": bool, "backtracks": jnp.int32}.get(name, jnp.float32)) for name in fields
+        }
+        return NaturalGradientState(**zeros)
 
     def update(
         grads: Params,

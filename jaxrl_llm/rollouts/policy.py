@@ -14,7 +14,7 @@ from jaxrl_llm.log_probs import chunked_token_statistics
 from jaxrl_llm.losses.ratios import per_token
 from jaxrl_llm.optimizers.fisher import chunked_categorical_fisher
 from jaxrl_llm.reductions import LossWeights, as_loss_weights, loss_weights, weighted_sum
-from jaxrl_llm.rollouts.scoring import Apply, HeadKernel, completion_states
+from jaxrl_llm.rollouts.scoring import Apply, HeadKernel, completion_outputs
 from jaxrl_llm.types import Mask, Numeric, Params, Scalar
 
 
@@ -67,7 +67,7 @@ def policy_functions(
     options: dict[str, Any] = {"temperature": temperature, "chunk_size": chunk_size}
 
     def distribution(params: Params) -> tuple[Array, Array]:
-        return completion_states(apply, params, *rows), head_kernel(params)
+        return completion_outputs(apply, params, *rows, output="hidden"), head_kernel(params)
 
     def log_probs(outputs: tuple[Array, Array]) -> Array:
         return chunked_token_statistics(*outputs, completion_ids, **options).log_probs

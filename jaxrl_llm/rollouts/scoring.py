@@ -90,23 +90,35 @@ def score_completions(
         chunk_size: Positions along time whose logits exist at once.
     """
     with jax.named_scope("score"):
-        hidden = completion_states(apply, params, prompt_ids, prompt_mask, completion_ids, completion_mask)
+        rows = prompt_ids, prompt_mask, completion_ids, completion_mask
+        hidden = completion_outputs(apply, params, *rows, output="hidden")
         return chunked_token_statistics(
             hidden, head_kernel(params), completion_ids, temperature=temperature, chunk_size=chunk_size
         )
 
 
-def completion_states(
+def completion_outputs(
     apply: Apply,
     params: Params,
     prompt_ids: Int[Array, "rows prompt_time"],
     prompt_mask: Mask,
     completion_ids: Int[Array, "rows time"],
     completion_mask: Mask,
-) -> Float[Array, "rows time hidden"]:
-    """Computes the last hidden states that predict the tokens of completions; arguments as in `score_completions`."""
+    **options: Any,
+) -> Float[Array, "rows time *features"]:
+    """Computes what a model says before each token of completions; other arguments as in `score_completions`.
+
+    Args:
+        apply: The model; of a `ScalarHead`, the outputs are values.
+        params: Its parameters.
+        prompt_ids: The prompt of each completion.
+        prompt_mask: Nonzero for real tokens.
+        completion_ids: Ids of the completions.
+        completion_mask: Nonzero up to and including the first EOS.
+        **options: More arguments of the model, such as `output="hidden"`.
+    """
     prompt_ids, prompt_real = left_pad(prompt_ids, prompt_mask)
     tokens = jnp.concatenate([prompt_ids, completion_ids], axis=1)
     mask = jnp.concatenate([prompt_real, jnp.asarray(completion_mask) != 0], axis=1)
-    hidden, _ = apply({"params": params}, tokens[:, :-1], mask=mask[:, :-1], output="hidden")
-    return hidden[:, prompt_ids.shape[1] - 1 :]
+    outputs, _ = apply({"params": params}, tokens[:, :-1], mask=mask[:, :-1], **options)
+    return outputs[:, prompt_ids.shape[1] - 1 :]

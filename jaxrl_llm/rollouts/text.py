@@ -57,6 +57,7 @@ def generate(
     repetition_penalty: Numeric = 1.0,
     eos_id: int | Sequence[int] | None = None,
     pad_id: int = 0,
+    first_row: Numeric = 0,
 ) -> Completions:
     """Samples completions of prompts; pure, to be jitted by the caller.
 
@@ -78,6 +79,7 @@ def generate(
         repetition_penalty: Above 1, makes tokens of the prompt and of the completion so far less likely.
         eos_id: The token, or tokens, that end a completion; None: each runs to `max_new_tokens`. Static.
         pad_id: Fills `ids` after the end.
+        first_row: Number of the first completion among all: a batch that is sampled in parts gives the same samples.
 
     Returns:
         `Completions` with batch × num_generations rows.
@@ -91,7 +93,7 @@ def generate(
         cache = _prefill(apply, params, prompt_ids, prompt_real, max_new_tokens)
     cache, prompt_ids, prompt_real = _repeat(cache, prompt_ids, prompt_real, num_generations)
     rows = prompt_ids.shape[0]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
     eos_ids = jnp.asarray([] if eos_id is None else eos_id, jnp.int32).reshape(-1)
     greedy = jnp.asarray(temperature) == 0
     scale = jnp.where(greedy, 1, temperature)

@@ -477,3 +477,8 @@ def update_without(params=jnp.zeros(2), distribution_fn=lambda x: x):  # noqa: B
     functions = {"surrogate_fn": jnp.sum, "kl_fn": jnp.sum}
     optimizer = natural_gradient()
     return optimizer.update(jnp.ones(2), optimizer.init(params), params, distribution_fn=distribution_fn, **functions)
+
+
+def test_a_state_can_be_given_away_no_memory_twice():
+    state = natural_gradient().init(jnp.zeros(2))
+    jax.block_until_ready(jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)(state))

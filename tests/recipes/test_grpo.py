@@ -10,13 +10,16 @@ import numpy as np
 import optax
 import pytest
 
+from jaxrl_llm.losses import mask_truncated_completions
 from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.recipes.text import generate, grpo
-from jaxrl_llm.recipes.text.grpo import Config, make_grpo_iteration, rollout_metrics
+from jaxrl_llm.recipes.text.experience import Policy, rollout_metrics
+from jaxrl_llm.recipes.text.grpo import Config, make_grpo_iteration, make_method
+from jaxrl_llm.recipes.text.iteration import start_state
 from jaxrl_llm.recipes.text.language_model import load_model
+from jaxrl_llm.recipes.text.online import load_parts
 from jaxrl_llm.recipes.text.prompts import Prompts
 from jaxrl_llm.rollouts import Completions
-from jaxrl_llm.training import init_train_state
 from tests.recipes.runs import (
     TINY,
     assert_close_weights,
@@ -246,6 +249,10 @@ class Pieces(NamedTuple):
     prompts: Prompts
 
 
+def policy_of(model):
+    return Policy(model.apply, model.head_kernel)
+
+
 @pytest.fixture(scope="module")
 def pieces():
     config = Config(**TINY, num_prompts=2, num_generations=4, max_completion_length=3)
@@ -256,9 +263,10 @@ def pieces():
         return columns["weight"] * jnp.mean(completions.ids == columns["wanted"][:, None], axis=1)
 
     def start(seed):
-        return init_train_state(load_model(config, jax.random.key(seed)).params, optimizer)
+        params = load_model(config, jax.random.key(seed)).params
+        return start_state(make_method(config), params, optimizer)
 
-    iteration = make_grpo_iteration(model.apply, model.head_kernel, optimizer, reward, config, eos_id=1, pad_id=0)
+    iteration = make_grpo_iteration(policy_of(model), optimizer, reward, config, eos_ids=(1,), pad_id=0)
     columns = {"wanted": jnp.array([2, 3]), "weight": jnp.array([1.0, 2.0])}
     return Pieces(
         iteration, start, Prompts(jnp.array([[0, 3], [3, 2]]), jnp.array([[False, True], [True, True]]), columns)
@@ -276,18 +284,18 @@ def test_an_iteration_is_traced_once_and_vmapped_seeds_equal_separate_runs(piece
     for seed in range(3):
         state, key = pieces.start(seed), jax.random.key(10 + seed)
         for _ in range(2):
-            state, metrics, completions = compiled_iteration(state, pieces.prompts, key)
-        separate.append((state.params, metrics, completions))
-    params, metrics, completions = jax.tree.map(lambda *x: jnp.stack(x), *separate)
+            state, metrics, rollout = compiled_iteration(state, pieces.prompts, key)
+        separate.append((state.train.params, metrics, rollout))
+    params, metrics, rollouts = jax.tree.map(lambda *x: jnp.stack(x), *separate)
     states = jax.tree.map(lambda *x: jnp.stack(x), *map(pieces.start, range(3)))
     keys = jax.vmap(jax.random.key)(jnp.arange(10, 13))
     together = jax.jit(jax.vmap(pieces.iteration, in_axes=(0, None, 0)))
     for _ in range(2):
-        states, vmapped_metrics, vmapped_completions = together(states, pieces.prompts, keys)
+        states, vmapped_metrics, vmapped_rollouts = together(states, pieces.prompts, keys)
     assert (vmapped_metrics["frac_reward_zero_std"] < 1).any()
-    np.testing.assert_array_equal(vmapped_completions.ids, completions.ids)
+    np.testing.assert_array_equal(vmapped_rollouts.completions.ids, rollouts.completions.ids)
     chex.assert_trees_all_close(vmapped_metrics, metrics, rtol=1e-4, atol=1e-6)
-    chex.assert_trees_all_close(states.params, params, rtol=0, atol=1e-6)
+    chex.assert_trees_all_close(states.train.params, params, rtol=0, atol=1e-6)
 
 
 def test_groups_of_equal_rewards_give_no_gradient(pieces, compiled_iteration):
@@ -296,7 +304,7 @@ def test_groups_of_equal_rewards_give_no_gradient(pieces, compiled_iteration):
     end, metrics, _ = compiled_iteration(start, prompts, jax.random.key(1))
     assert metrics["frac_reward_zero_std"] == 1
     assert metrics["grad_norm"] == 0
-    chex.assert_trees_all_equal(end.params, start.params)
+    chex.assert_trees_all_equal(end.train.params, start.train.params)
 
 
 def test_epsilon_and_beta_may_be_traced(pieces):
@@ -308,23 +316,26 @@ def test_epsilon_and_beta_may_be_traced(pieces):
 
     def iteration(epsilon, beta):
         traced = dataclasses.replace(config, epsilon=epsilon, beta=beta)
-        made = make_grpo_iteration(model.apply, model.head_kernel, optax.sgd(0.1), reward, traced, eos_id=1, pad_id=0)
+        made = make_grpo_iteration(policy_of(model), optax.sgd(0.1), reward, traced, eos_ids=(1,), pad_id=0)
         return made(pieces.start(0), pieces.prompts, jax.random.key(0), model.params)[1]["kl"]
 
     with unchecked():  # the types of the settings are those of the command line
         assert jax.eval_shape(jax.vmap(iteration), jnp.array([0.1, 0.2]), jnp.array([0.0, 0.1])).shape == (2,)
 
 
+def completions_of(ids, mask):
+    zeros = jnp.zeros(mask.shape)
+    return Completions(ids, mask, zeros, zeros)
+
+
 def test_rollout_metrics_by_hand():
     mask = jnp.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 1, 1], [1, 0, 0]], bool)
-    completions = Completions(
-        ids=jnp.zeros((6, 3), jnp.int32),
-        mask=mask,
-        log_probs=jnp.where(mask, -1.0, 0),
-        sampling_log_probs=jnp.where(mask, -0.75, 0).at[0, 0].set(0.0),
-    )
+    ids = jnp.array([[5, 5, 5], [1, 0, 0], [5, 2, 0], [5, 5, 1], [1, 1, 5], [2, 0, 0]])
+    completions = completions_of(ids, mask)
+    ended = mask_truncated_completions(ids, mask, jnp.array([1, 2])).any(-1)
+    assert ended.tolist() == [False, True, True, True, False, True]
     rewards = jnp.array([0.1, 0.1, 0.1, 1.0, 3.0, jnp.nan])
-    metrics = jax.jit(rollout_metrics, static_argnums=2)(completions, rewards, 3)
+    metrics = jax.jit(rollout_metrics, static_argnums=2)(completions, rewards, 3, ended)
     expected = {
         "reward": (0.3 + 4) / 5,
         "reward_std": math.sqrt(2) / 2,  # mean of 0 and of the deviation of 1 and 3
@@ -332,9 +343,10 @@ def test_rollout_metrics_by_hand():
         "completions/mean_length": 13 / 6,
         "completions/min_length": 1,
         "completions/max_length": 3,
-        "completions/clipped_ratio": 0.5,
-        "sampling/sampling_logp_difference/mean": (1 + 12 * 0.25) / 13,
-        "sampling/sampling_logp_difference/max": 1,
+        "completions/clipped_ratio": 1 / 3,
+        "completions/mean_terminated_length": 7 / 4,
+        "completions/min_terminated_length": 1,
+        "completions/max_terminated_length": 3,
     }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
@@ -343,17 +355,15 @@ def test_rollout_metrics_by_hand():
 
 def test_equal_rewards_have_no_deviation_whatever_they_are():
     # Their mean is rounded, so that a computed deviation may be a rounding error.
-    mask = jnp.ones((8, 1), bool)
-    completions = Completions(jnp.zeros((8, 1), jnp.int32), mask, jnp.zeros((8, 1)), jnp.zeros((8, 1)))
+    completions = completions_of(jnp.zeros((8, 1), jnp.int32), jnp.ones((8, 1), bool))
     rewards = jnp.array([[value] * 8 for value in (0.1, 0.3, 0.7, -2.2, 123.4)])
-    metrics = jax.jit(jax.vmap(rollout_metrics, in_axes=(None, 0, None)), static_argnums=2)(completions, rewards, 8)
-    np.testing.assert_array_equal(metrics["frac_reward_zero_std"], 1)
+    measure = jax.jit(jax.vmap(rollout_metrics, in_axes=(None, 0, None, None)), static_argnums=2)
+    np.testing.assert_array_equal(measure(completions, rewards, 8, jnp.ones(8, bool))["frac_reward_zero_std"], 1)
 
 
 def test_an_evaluation_of_some_held_out_prompts_takes_them_from_everywhere(base):
-    model = load_model(base, jax.random.key(0))
-    everything = grpo._tables(model, base)[1].texts
-    some = grpo._tables(model, dataclasses.replace(base, eval_prompts=3))[1].texts
+    everything = load_parts(base, jax.random.key(0)).held_out.texts
+    some = load_parts(dataclasses.replace(base, eval_prompts=3), jax.random.key(0)).held_out.texts
     assert len(everything) == 6
     assert some == [everything[i] for i in (0, 2, 5)]
 

@@ -76,7 +76,7 @@ def expected(policy, folder, table):
 def test_the_host_reward_scores_the_sampled_ids_with_their_eos(policy, folder, table, expected):
     rewards = load_host_rewards(policy, [f"reward_model:{folder}"])
     totals, metrics = rewards(table, np.arange(3), completions_of(policy, TEXTS)[0])
-    np.testing.assert_allclose(totals, expected, atol=1e-5)
+    np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
     assert np.std(expected) > 0.01
     assert metrics["rewards/reward_model/mean"] == pytest.approx(expected.mean(), abs=1e-5)
     assert set(metrics) == {"rewards/reward_model/mean", "rewards/reward_model/std"}
@@ -85,17 +85,19 @@ def test_the_host_reward_scores_the_sampled_ids_with_their_eos(policy, folder, t
 def test_small_batches_change_no_score(policy, folder, table, expected):
     (reward,) = load_host_rewards(policy, [f"reward_model:{folder}"]).functions
     assert isinstance(reward, RewardModelReward)
-    small = HostRewards(policy, [dataclasses.replace(reward, batch_size=4)], None)
-    np.testing.assert_allclose(small(table, np.arange(3), completions_of(policy, TEXTS)[0])[0], expected, atol=1e-5)
+    small = HostRewards(policy, [dataclasses.replace(reward, batch_size=4)])
+    scores, _ = small(table, np.arange(3), completions_of(policy, TEXTS)[0])
+    np.testing.assert_allclose(scores[:, 0], expected, atol=1e-5)
 
 
 def test_the_traced_reward_is_that_of_the_host(policy, folder, table, expected):
     completions, _ = completions_of(policy, TEXTS)
     names = [f"reward_model:{folder}", "exact_match_tokens"]
     eos_id = policy.tokenizer.eos_token_id
-    reward = load_traceable_reward(names, [1.0, 2.0], eos_id, tokenizer=policy.tokenizer)
+    reward = load_traceable_reward(names, eos_id, tokenizer=policy.tokenizer)
     totals, _ = TracedRewards(policy, reward)(table, np.arange(3), completions)
-    np.testing.assert_allclose(totals, expected + 2.0 * np.array([1, 0, 0, 0, 0, 0]), atol=1e-5)
+    np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
+    np.testing.assert_array_equal(totals[:, 1], [1, 0, 0, 0, 0, 0])
     module, params, _ = from_pretrained_reward_model(folder)
     alone, _ = TracedRewards(policy, make_reward_model_reward(module, params))(table, np.arange(3), completions)
     np.testing.assert_allclose(alone, expected, atol=1e-5)
@@ -108,9 +110,9 @@ def test_another_tokenizer_reads_the_text_and_an_eos_where_the_completion_ended(
     rewards = load_host_rewards(stranger, [f"reward_model:{folder}"])
     prompts = make_prompt_table(stranger, [PromptExample(text, {}) for text in table.texts], max_prompt_length=8)
     totals, _ = rewards(prompts, np.arange(3), completions_of(stranger, TEXTS)[0])
-    np.testing.assert_allclose(totals, expected, atol=1e-5)
+    np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"has other tokens than the policy .* tokenized anew"):
-        load_traceable_reward([f"reward_model:{folder}"], [], 1, tokenizer=stranger.tokenizer)
+        load_traceable_reward([f"reward_model:{folder}"], 1, tokenizer=stranger.tokenizer)
 
 
 def test_a_text_that_the_reward_model_has_no_room_for_is_named(policy, folder):
@@ -138,9 +140,9 @@ def test_host_rewards_are_given_ids_and_count_errors(policy, table):
         return [float(len(ids)) for ids in completion_ids]
 
     completions, rows = completions_of(policy, TEXTS)
-    rewards = HostRewards(policy, [lengths], None, errors="ignore", timeout=60.0)
+    rewards = HostRewards(policy, [lengths], errors="ignore", timeout=60.0)
     totals, metrics = rewards(table, np.arange(3), completions)
-    np.testing.assert_array_equal(totals, [2, 3, 3, np.nan, 3, np.nan])
+    np.testing.assert_array_equal(totals[:, 0], [2, 3, 3, np.nan, 3, np.nan])
     assert metrics["rewards/lengths/errors"] == 2
     with pytest.raises(RewardError, match=r"'lengths' raised RuntimeError: too short. Row 3: prompt '34\+5='"):
         rewards._replace(errors="raise")(table, np.arange(3), completions)
@@ -148,11 +150,12 @@ def test_host_rewards_are_given_ids_and_count_errors(policy, table):
     assert seen["prompt_ids"] == [table.tokens[1].tolist()]
 
 
-def test_names_carry_options_and_weights(policy, table):
+def test_names_carry_options(policy, table):
     names = ["soft_overlong(max_completion_length=4, cache=2)", "exact_match"]
-    rewards = load_host_rewards(policy, names, (2.0, 1.0))
+    rewards = load_host_rewards(policy, names)
     totals, metrics = rewards(table, np.arange(3), completions_of(policy, TEXTS)[0])
-    assert totals.tolist() == [1.0, -1.0, -1.0, 0.0, -1.0, 0.0]
+    assert totals[:, 0].tolist() == [0.0, -0.5, -0.5, 0.0, -0.5, 0.0]
+    assert totals[:, 1].tolist() == [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
     assert {"rewards/soft_overlong/mean", "rewards/exact_match/mean"} <= set(metrics)
 
 

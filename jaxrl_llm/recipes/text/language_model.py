@@ -74,6 +74,14 @@ class LanguageModel(NamedTuple):
         return padding_id(self.tokenizer)
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a text: that of the tokenizer, and those of the model's config, which may have several."""
+        decoder = self.module.backbone if isinstance(self.module, ScalarHead) else self.module
+        of_config = decoder.config.eos_token_id
+        several = of_config if isinstance(of_config, tuple) else () if of_config is None else (of_config,)
+        return tuple(dict.fromkeys([self.tokenizer.eos_token_id, *several]))
+
+    @property
     def context_length(self) -> int:
         """Tokens that the model reads at most."""
         decoder = self.module.backbone if isinstance(self.module, ScalarHead) else self.module
@@ -135,6 +143,11 @@ def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
     save_pretrained(folder, model.module, merge_lora(params), model.tokenizer)
     if isinstance(params, Adapted):
         save_adapters(folder.with_name(ADAPTER), params.lora)
+
+
+def sizes(config: ModelOptions, model: LanguageModel) -> dict[str, Any]:
+    """Counts the parameters, and those that are trained where they are not all."""
+    return {"parameters": model.num_params} | ({"trainable": model.trainable_share} if config.lora else {})
 
 
 def _count(params: Params) -> int:
@@ -254,7 +267,7 @@ def complete(
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            eos_id=model.tokenizer.eos_token_id,
+            eos_id=model.eos_ids,
             pad_id=model.pad_id,
         )
         texts += decode(model.tokenizer, completions.ids, completions.mask)

@@ -48,6 +48,7 @@ from jaxrl_llm.recipes.text.language_model import (
     read_dataset,
     require_room,
     save_model,
+    sizes,
 )
 from jaxrl_llm.reductions import combine_metrics
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
@@ -477,8 +478,3 @@ def report(title: str, config: OfflineOptions, model: LanguageModel, train: Any,
     """Prints what is going to be learned."""
     known = {"training": train, "held out": held_out} | sizes(config, model)
     facts(f"{title} on {config.dataset}", known | {"folder": config.output_dir})
-
-
-def sizes(config: ModelOptions, model: LanguageModel) -> dict[str, Any]:
-    """Counts the parameters, and those that are trained where they are not all."""
-    return {"parameters": model.num_params} | ({"trainable": model.trainable_share} if config.lora else {})

@@ -18,9 +18,9 @@ from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.types import Metrics
 
 Columns: TypeAlias = Mapping[str, Array]
-TraceableReward: TypeAlias = Callable[[Completions, Columns], Float[Array, " rows"]]
-"""`reward(completions, columns) -> [rows]`: the columns are arrays with one row for each completion; `prompt_ids` and
-`prompt_mask` are among them."""
+TraceableReward: TypeAlias = Callable[[Completions, Columns], Float[Array, "rows *functions"]]
+"""`reward(completions, columns) -> [rows]` or `[rows, functions]`: the columns are arrays with one row for each completion;
+`prompt_ids` and `prompt_mask` are among them."""
 
 
 class Prompts(NamedTuple):
@@ -83,17 +83,14 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-def load_traceable_reward(
-    names: Sequence[str], weights: Sequence[float], eos_id: int, *, tokenizer: Tokenizer | None = None
-) -> TraceableReward:
-    """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into their weighted sum.
+def load_traceable_reward(names: Sequence[str], eos_id: int, *, tokenizer: Tokenizer | None = None) -> TraceableReward:
+    """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into one, `[rows, functions]`.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
     `**columns`.
 
     Args:
         names: As `load_reward` takes them, or "reward_model:path/to/folder".
-        weights: One for each; empty: all 1.
         eos_id: The token that ends a completion.
         tokenizer: That of the policy: a reward model must have its tokens.
 
@@ -103,19 +100,20 @@ def load_traceable_reward(
     """
     functions = [_load_traceable(name, tokenizer) for name in names]
 
-    def reward(completions: Completions, columns: Columns) -> Float[Array, " rows"]:
+    def reward(completions: Completions, columns: Columns) -> Float[Array, "rows functions"]:
         # What was sampled comes last: a dataset may have a column `completion` of its own.
         given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
-        total = jnp.zeros(completions.ids.shape[0])
-        for function, name, weight in zip(functions, names, weights or [1.0] * len(functions), strict=True):
+        rows = completions.ids.shape[0]
+        scores = []
+        for function, name in zip(functions, names, strict=True):
             values = function(**_arguments(function, name, given))
-            if jnp.shape(values) != total.shape:
+            if jnp.shape(values) != (rows,):
                 raise ValueError(
                     f"The traceable reward {name!r} returned shape {jnp.shape(values)}; expected one number for each of "
-                    f"the {len(total)} completions."
+                    f"the {rows} completions."
                 )
-            total += weight * values
-        return total
+            scores.append(jnp.asarray(values, jnp.float32))
+        return jnp.stack(scores, axis=1)
 
     return reward
 
@@ -145,25 +143,23 @@ class HostRewards(NamedTuple):
     Attributes:
         model: The policy.
         functions: Reward functions.
-        weights: One for each, or None for all 1.
         errors: What a function does that fails, `on_error` of `evaluate_rewards`.
         timeout: Seconds that each function may take for the completions of an iteration; None or 0: no limit.
     """
 
     model: LanguageModel
     functions: list[Callable]
-    weights: Sequence[float] | None
     errors: OnError = "raise"
     timeout: float | None = None
 
     def __call__(
         self, table: PromptTable, indices: np.ndarray, completions: Completions
-    ) -> tuple[Float[np.ndarray, " rows"], dict[str, Any]]:
+    ) -> tuple[Float[np.ndarray, "rows functions"], dict[str, Any]]:
         """Scores the completions of some prompts.
 
         Returns:
-            Totals, and `rewards/<name>/mean` and `rewards/<name>/std` of each function where it applies; where errors are
-            ignored, `rewards/<name>/errors` too, the number of completions on which it failed.
+            Rewards by each function, NaN where it does not apply, and `rewards/<name>/mean` and `rewards/<name>/std` where
+            it does; where errors are ignored, `rewards/<name>/errors` too, the number of completions on which it failed.
         """
         texts = decode(self.model.tokenizer, completions.ids, completions.mask)
         rows = np.repeat(indices, len(texts) // len(indices))
@@ -179,7 +175,6 @@ class HostRewards(NamedTuple):
             prompts,
             texts,
             columns,
-            reward_weights=self.weights,
             on_error=self.errors,
             timeout=self.timeout,
         )
@@ -190,7 +185,7 @@ class HostRewards(NamedTuple):
             metrics[f"rewards/{name}/std"] = values.std(ddof=1) if values.size > 1 else 0.0
             if self.errors == "ignore":
                 metrics[f"rewards/{name}/errors"] = float(failed)
-        return scored.total, metrics
+        return scored.per_function, metrics
 
 
 def _id_lists(completions: Completions) -> list[list[int]]:
@@ -201,7 +196,6 @@ def _id_lists(completions: Completions) -> list[list[int]]:
 def load_host_rewards(
     model: LanguageModel,
     names: Sequence[str],
-    weights: Sequence[float] = (),
     *,
     errors: OnError = "raise",
     timeout: float | None = None,
@@ -211,7 +205,6 @@ def load_host_rewards(
     Args:
         model: The policy.
         names: As `load_reward` takes them, or "reward_model:path/to/folder".
-        weights: One for each; empty: all 1.
         errors: As in `HostRewards`.
         timeout: As in `HostRewards`.
 
@@ -219,7 +212,7 @@ def load_host_rewards(
         FileNotFoundError: If there is no such reward model.
         ValueError: If a name or its options are wrong.
     """
-    return HostRewards(model, [_load_host(name, model) for name in names], tuple(weights) or None, errors, timeout)
+    return HostRewards(model, [_load_host(name, model) for name in names], errors, timeout)
 
 
 def _load_host(name: str, model: LanguageModel) -> Callable:
@@ -237,7 +230,7 @@ class TracedRewards(NamedTuple):
 
     def __call__(
         self, table: PromptTable, indices: np.ndarray, completions: Completions
-    ) -> tuple[Float[Array, " rows"], Metrics]:
+    ) -> tuple[Float[Array, "rows *functions"], Metrics]:
         """Scores the completions of some prompts."""
         columns = table.batch(indices, self.model.pad_id).columns
         times = completions.ids.shape[0] // len(indices)

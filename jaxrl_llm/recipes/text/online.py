@@ -1,0 +1,287 @@
+"""The run of every recipe that learns from what the model itself writes: data, rewards, evaluation, files.
+
+`iteration.py` holds what happens in an iteration; here are the loop around it and the edge: prompts of a dataset, reward
+functions by name, held-out prompts completed greedily, completions in the log, the saved model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array
+
+from jaxrl_llm.data import batch_indices, prompt_example, split_indices
+from jaxrl_llm.models import join_trainable, split_trainable
+from jaxrl_llm.recipes.loop import training_loop
+from jaxrl_llm.recipes.progress import facts, table
+from jaxrl_llm.recipes.text.experience import Policy, Rollout
+from jaxrl_llm.recipes.text.iteration import (
+    Method,
+    OnlineOptions,
+    OnlineState,
+    as_rollout,
+    iteration_keys,
+    make_iteration,
+    make_sampler,
+    make_update,
+    start_state,
+)
+from jaxrl_llm.recipes.text.language_model import (
+    LanguageModel,
+    decode,
+    load_model,
+    load_rows,
+    require_room,
+    save_model,
+    sizes,
+)
+from jaxrl_llm.recipes.text.prompts import (
+    HostRewards,
+    PromptTable,
+    TracedRewards,
+    load_host_rewards,
+    load_traceable_reward,
+    make_prompt_table,
+)
+from jaxrl_llm.types import Key, Params
+
+SAMPLES = 8
+"""Completions of an iteration that go into samples.jsonl at every evaluation."""
+
+
+class Parts(NamedTuple):
+    """What `run_online` puts together before it starts.
+
+    Attributes:
+        model: The language model.
+        train: Prompts to learn from.
+        held_out: Prompts to evaluate on.
+        rewards: The reward functions.
+    """
+
+    model: LanguageModel
+    train: PromptTable
+    held_out: PromptTable
+    rewards: HostRewards | TracedRewards
+
+
+def bind(model: LanguageModel, frozen: Params | None, config: OnlineOptions) -> Policy:
+    """Makes functions of the trained parameters: with LoRA the adapters, else all. `frozen` are the others."""
+
+    def apply(variables: dict[str, Params], *args: Any, **options: Any) -> tuple[Any, Any]:
+        return model.apply({"params": join_trainable(variables["params"], frozen)}, *args, **options)
+
+    def head_kernel(params: Params) -> Array:
+        return model.head_kernel(join_trainable(params, frozen))
+
+    return Policy(apply, head_kernel, config.temperature, config.chunk_size)
+
+
+def run_online(
+    config: OnlineOptions,
+    make_method: Callable[[LanguageModel, Any], Method],
+    optimizer: optax.GradientTransformation,
+    *,
+    needs_reference: bool,
+    schedule: optax.Schedule | None = None,
+) -> dict[str, Any]:
+    """Trains, evaluates and saves; returns the figures of the run.
+
+    Args:
+        config: Settings of the recipe.
+        make_method: `make_method(model, config)`.
+        optimizer: Makes the updates.
+        needs_reference: Whether the method compares with the model as it was at the start.
+        schedule: Learning rate by update, for the log.
+
+    Returns:
+        `model` (folder of the trained model, of a complete run), and the mean reward of greedy completions of held-out
+        prompts before and after: `eval_reward_before`, `eval_reward`.
+
+    Raises:
+        ValueError: If a row of the data or a reward function is wrong.
+    """
+    init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+    parts = load_parts(config, init_key)
+    model, train = parts.model, parts.train
+    method = make_method(model, config)
+    facts(
+        f"{method.label.upper()} on {config.dataset}",
+        {
+            "training": f"{len(train.tokens)} prompts",
+            "held out": f"{len(parts.held_out.tokens)} prompts",
+            **sizes(config, model),
+            "folder": config.output_dir,
+        },
+    )
+    trained, frozen = split_trainable(model.params)
+    # With LoRA the base without adapters; else a copy, for the step gives the memory of its state away.
+    reference = jax.tree.map(jnp.copy, trained) if frozen is None else {}
+    ref_params = reference if needs_reference else None
+    iterate = compile_iteration(parts, method, optimizer, config)
+    held_out_reward = make_evaluation(parts, method, config)
+    last: dict[str, Rollout] = {}
+
+    def update(state: OnlineState, index: int) -> tuple[OnlineState, dict[str, Any]]:
+        indices = batch_indices(len(train.tokens), config.num_prompts, seed=config.seed, step=index)
+        state, metrics, last["rollout"] = iterate(state, indices, train_key, ref_params, frozen)
+        if schedule is not None:
+            metrics = metrics | {"learning_rate": schedule(index * config.updates_per_step)}
+        return state, metrics
+
+    def evaluate(state: OnlineState) -> dict[str, Any]:
+        return {"eval_reward": held_out_reward(state.train.params, frozen, eval_key)}
+
+    start = start_state(method, method.start(jax.random.fold_in(init_key, 1), trained), optimizer)
+    before = float(evaluate(start)["eval_reward"])
+    state, complete_run = training_loop(
+        config,
+        start,
+        update,
+        total_steps=config.max_steps,
+        label=method.label,
+        evaluate=evaluate,
+        sample=lambda state, step: sampled_rows(model, last.get("rollout"), config, step),
+        show=method.show,
+    )
+    figures: dict[str, Any] = {"eval_reward_before": before, "eval_reward": float(evaluate(state)["eval_reward"])}
+    if complete_run:
+        figures["model"] = str(Path(config.output_dir) / "model")
+        params = join_trainable(method.policy_params(state.train.params), frozen)
+        save_model(Path(figures["model"]), model, params)
+    facts("Result", figures)
+    return figures
+
+
+def load_parts(config: OnlineOptions, key: Key) -> Parts:
+    """Loads the model, the prompts and the rewards that the settings name.
+
+    Raises:
+        ValueError: If one of them is wrong, or the model has no room for prompts and completions.
+    """
+    model = load_model(config, key)
+    train, held_out = _tables(model, config)
+    tokens = max(train.length, held_out.length) + config.max_completion_length - 1
+    require_room(model, tokens, "lower max_prompt_length or max_completion_length")
+    return Parts(model, train, held_out, load_rewards(model, config))
+
+
+def _tables(model: LanguageModel, config: OnlineOptions) -> list[PromptTable]:
+    """Reads the dataset; returns its training and its held-out prompts."""
+    examples = [prompt_example(row) for row in load_rows(config.dataset, config.split)]
+    train, held_out = split_indices(len(examples), held_out=config.eval_fraction, seed=0)
+    spread = np.linspace(0, len(held_out) - 1, min(config.eval_prompts, len(held_out))).round().astype(int)
+    return [
+        make_prompt_table(model, [examples[i] for i in part], max_prompt_length=config.max_prompt_length)
+        for part in (train, held_out[spread])
+    ]
+
+
+def load_rewards(model: LanguageModel, config: OnlineOptions) -> HostRewards | TracedRewards:
+    """Loads the reward functions that the settings name."""
+    if config.traceable_rewards:
+        tokenizer = model.tokenizer
+        return TracedRewards(
+            model, load_traceable_reward(config.reward_funcs, tokenizer.eos_token_id, tokenizer=tokenizer)
+        )
+    timeout = config.reward_timeout or None
+    return load_host_rewards(model, config.reward_funcs, errors=config.reward_errors, timeout=timeout)
+
+
+def compile_iteration(
+    parts: Parts, method: Method, optimizer: optax.GradientTransformation, config: OnlineOptions
+) -> Callable[..., tuple[OnlineState, dict[str, Any], Rollout]]:
+    """Makes `iterate(state, indices, key, ref_params, frozen)`: one program, or two with the rewards between them."""
+    model, rewards, train = parts.model, parts.rewards, parts.train
+    ids = {"eos_ids": model.eos_ids, "pad_id": model.pad_id}
+    if isinstance(rewards, TracedRewards):
+
+        @partial(jax.jit, donate_argnums=0)
+        def whole(state, prompts, key, ref_params, frozen):
+            policy = bind(model, frozen, config)
+            return make_iteration(policy, optimizer, method, rewards.reward, config, **ids)(
+                state, prompts, key, ref_params
+            )
+
+        return lambda state, indices, *rest: whole(state, train.batch(indices, model.pad_id), *rest)
+
+    @jax.jit
+    def sample(params, key, prompts, frozen):
+        return make_sampler(bind(model, frozen, config), config, **ids)(method.policy_params(params), key, prompts)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state, ref_params, rollout, key, frozen):
+        policy = bind(model, frozen, config)
+        make = make_update(policy, optimizer, method, config, eos_ids=model.eos_ids)
+        return make(state, ref_params, rollout, key)
+
+    def iterate(state, indices, key, ref_params, frozen):
+        sample_key, update_key = iteration_keys(key, state)
+        prompts = train.batch(indices, model.pad_id)
+        completions = sample(state.train.params, sample_key, prompts, frozen)
+        scores, reward_metrics = rewards(train, indices, completions)
+        rollout = as_rollout(prompts, completions, jnp.asarray(scores), config.num_generations)
+        state, metrics = update(state, ref_params, rollout, update_key, frozen)
+        return state, metrics | reward_metrics, rollout
+
+    return iterate
+
+
+def make_evaluation(
+    parts: Parts, method: Method, config: OnlineOptions
+) -> Callable[[Params, Params | None, Key], float]:
+    """Makes `evaluate(params, frozen, key)`: the mean reward of greedy completions of all held-out prompts."""
+    model, held_out = parts.model, parts.held_out
+    greedy = dataclasses.replace(
+        config, num_generations=1, temperature=0.0, repetition_penalty=1.0, rollout_batch_size=0
+    )
+    count = len(held_out.tokens)
+    size = min(count, 256)
+
+    @jax.jit
+    def sample(params, frozen, key, prompts):
+        policy = bind(model, frozen, greedy)
+        make = make_sampler(policy, greedy, eos_ids=model.eos_ids, pad_id=model.pad_id)
+        return make(method.policy_params(params), key, prompts)
+
+    def evaluate(params: Params, frozen: Params | None, key: Key) -> float:
+        total = []
+        for start in range(0, count, size):
+            indices = np.arange(start, start + size) % count  # the last batch is filled up with the first prompts
+            prompts = held_out.batch(indices, model.pad_id)
+            completions = sample(params, frozen, key, prompts)
+            scores = parts.rewards(held_out, indices, completions)[0]
+            rollout = as_rollout(prompts, completions, jnp.asarray(scores), 1)
+            total.append(np.asarray(rollout.total_rewards(config.reward_weights))[: count - start])
+        given = np.concatenate(total)
+        given = given[~np.isnan(given)]
+        return float(given.mean()) if given.size else float("nan")
+
+    return evaluate
+
+
+def sampled_rows(
+    model: LanguageModel, rollout: Rollout | None, config: OnlineOptions, step: int
+) -> list[dict[str, Any]]:
+    """Decodes completions of the last iteration for samples.jsonl; prints some of them as a table if asked to."""
+    if rollout is None:
+        return []
+    count = min(max(SAMPLES, config.num_completions_to_print), config.num_rows)
+    some = jax.tree.map(lambda x: np.asarray(x[:count]), rollout)
+    prompts = [model.tokenizer.decode(ids[mask]) for ids, mask in zip(some.prompt_ids, some.prompt_mask, strict=True)]
+    texts = decode(model.tokenizer, some.completions.ids, some.completions.mask)
+    totals = np.asarray(some.total_rewards(config.reward_weights))
+    rows = [
+        {"prompt": prompt, "completion": text, "reward": None if np.isnan(total) else float(total)}
+        for prompt, text, total in zip(prompts, texts, totals, strict=True)
+    ]
+    if config.num_completions_to_print:
+        shown = [[str(value) for value in row.values()] for row in rows[: config.num_completions_to_print]]
+        table(f"Completions of iteration {step}", ["prompt", "completion", "reward"], shown)
+    return rows
