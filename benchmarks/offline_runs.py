@@ -75,7 +75,7 @@ def run_pretrain(config: Config) -> dict[str, Any]:
         max_steps=600,
         eval_steps=100,
     )
-    figures = _timed(partial(pretrain.run, settings))
+    figures = timed(partial(pretrain.run, settings))
     levels = _levels(_result("baseline_shakespeare"))
     steps, bits = read_curve(folder, "eval_bits_per_byte")
     curves(
@@ -113,7 +113,7 @@ def run_vader_base(config: Config) -> dict[str, Any]:
         max_steps=600,
         eval_steps=100,
     )
-    return _timed(partial(pretrain.run, settings))
+    return timed(partial(pretrain.run, settings))
 
 
 def run_reward_model(config: Config) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def run_reward_model(config: Config) -> dict[str, Any]:
             max_steps=300,
             per_device_train_batch_size=32,
         )
-        result = _timed(partial(reward_model.run, settings))
+        result = timed(partial(reward_model.run, settings))
         pairs = str(config.data / "vader/pairs_eval.jsonl")
         tested = evaluate.run(evaluate.Config(model=result["model"], dataset=pairs, max_length=96))
         figures |= {f"{rows}/{key}": value for key, value in result.items()}
@@ -186,15 +186,15 @@ def write_reviews(model: LanguageModel, reference: LanguageModel, seed: int) -> 
 def _learn(config: Config, name: str, recipe: Any, rows: str, **settings: Any) -> dict[str, Any]:
     """Runs a preference recipe; adds what the model writes before and after."""
     folder = config.runs / name
-    result = _timed(partial(recipe.run, recipe.Config(**_preferences(config, folder, rows), **settings)))
-    reference = _load(config.runs / "vader_base/model")
+    result = timed(partial(recipe.run, recipe.Config(**_preferences(config, folder, rows), **settings)))
+    reference = load(config.runs / "vader_base/model")
     before = write_reviews(reference, reference, config.seed + 1)
-    after = write_reviews(_load(result["model"]), reference, config.seed + 1)
+    after = write_reviews(load(result["model"]), reference, config.seed + 1)
     figures = result | {f"before/{key}": value for key, value in before.items()}
     return figures | {f"after/{key}": value for key, value in after.items()}
 
 
-def _load(folder: str | Path) -> LanguageModel:
+def load(folder: str | Path) -> LanguageModel:
     return load_model(ModelOptions(model=str(folder)), jax.random.key(0))
 
 
@@ -246,7 +246,7 @@ def run_evaluate(config: Config) -> dict[str, Any]:
     settings = evaluate.Config(
         model=str(config.runs / "dpo/model"), reference=base, output_file=str(file), num_samples=5, **common
     )
-    figures = _timed(partial(evaluate.run, settings))
+    figures = timed(partial(evaluate.run, settings))
     before = evaluate.run(evaluate.Config(model=base, num_samples=0, **common))
     samples = json.loads(file.read_text("utf-8"))["samples"]
     return figures | {f"before/{key}": value for key, value in before.items()} | {"samples": samples}
@@ -297,7 +297,7 @@ def run_distill(config: Config) -> dict[str, Any]:
         **small,
     }
     teacher = str(config.runs / "vader_base/model")
-    figures = _timed(
+    figures = timed(
         partial(
             distill.run, distill.Config(**common, teacher=teacher, beta=0.0, output_dir=str(config.runs / "distill"))
         )
@@ -343,14 +343,14 @@ def run_sft(config: Config) -> dict[str, Any]:
         num_samples=1,
         sample_tokens=120,
     )
-    figures = _timed(partial(sft.run, settings))
+    figures = timed(partial(sft.run, settings))
     lines = {"training": read_curve(folder, "loss"), "held out": read_curve(folder, "eval_loss")}
     title = "SmolLM2-135M on gsm_symbolic's chains of thought"
     curves(FOLDER / "offline_sft.png", lines, "step (4 rows)", "loss, nats a token", title)
     return figures | {"eval_loss_before": lines["held out"][1][0]}
 
 
-def _timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     start = time.perf_counter()
     return run() | {"seconds": round(time.perf_counter() - start, 1)}
 
