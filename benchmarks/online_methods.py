@@ -54,7 +54,6 @@ COMMON: dict[str, Any] = {
     "num_generations": 8,
     "max_completion_length": 4,
 }
-FALLING = {"lr_scheduler_type": "linear", "warmup_steps": 30}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +91,16 @@ class Contender(NamedTuple):
 def contender(name: str, model: str, iterations: int) -> Contender:
     """Makes a contender. Learning rates are the best of a few that were tried for each (see LOG.md)."""
     common = COMMON | {"model": model, "max_steps": iterations}
+    falling = {"lr_scheduler_type": "linear", "warmup_steps": min(30, iterations // 4)}
     if name == "trpo":
         config = trpo.Config(**common, max_kl=0.01)
         return Contender(config, lambda model, config: trpo.make_method(config), trpo.make_optimizer(config), False)
     config: Any = {
-        "grpo": lambda: grpo.Config(**common, **FALLING, learning_rate=1e-3),
-        "rloo": lambda: rloo.Config(**common, **FALLING, learning_rate=1e-3, beta=0.0),
-        "reinforce": lambda: reinforce.Config(**common, **FALLING, learning_rate=1e-3),
+        "grpo": lambda: grpo.Config(**common, **falling, learning_rate=1e-3),
+        "rloo": lambda: rloo.Config(**common, **falling, learning_rate=1e-3, beta=0.0),
+        "reinforce": lambda: reinforce.Config(**common, **falling, learning_rate=1e-3),
         "ppo": lambda: ppo.Config(
-            **common, **FALLING, learning_rate=1e-3, kl_coef=0.0, num_iterations=1, num_minibatches=1, vf_coef=0.5
+            **common, **falling, learning_rate=1e-3, kl_coef=0.0, num_iterations=1, num_minibatches=1, vf_coef=0.5
         ),
     }[name]()
     recipe = {"grpo": grpo, "rloo": rloo, "reinforce": reinforce, "ppo": ppo}[name]

@@ -9,17 +9,27 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # which shells tell jo
 
 xla_cpu.set_flag()
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    # Tests compile a lot and compute little: without LLVM's optimizations they take half the time.
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 os.environ["JAX_PLATFORMS"] = os.environ.get("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """Compiles without LLVM's optimizations, in half the time: for tests that compile a lot and compute little.
+
+    The last digits are others then, so numbers to compare with those of others are made without it.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()

@@ -28,6 +28,8 @@ from tests.losses.cases import (
     whole_weights,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEVICES = 4
 EVALUATE, WEIGHTS, JOIN = jax.jit(evaluate), jax.jit(whole_weights), jax.jit(combine_metrics)
 

@@ -6,6 +6,11 @@ from jaxrl_llm.recipes.text import sft
 from tests.recipes.runs import TINY, sharing_programs, write_rows
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick(quick_compilation):
+    """Recipes compile whole programs for a few steps."""
+
+
 @pytest.fixture(scope="session")
 def programs(tmp_path_factory):
     return str(tmp_path_factory.mktemp("programs"))

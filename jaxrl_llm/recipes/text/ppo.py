@@ -92,8 +92,8 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_online()
     config.validate_optimizer()
+    config.validate_online()
     require("cliprange", config.cliprange, "in (0, 1)", lambda e: 0 < e < 1)
     for name in ("cliprange_value", "target_kl"):
         require(name, getattr(config, name), "positive or None", lambda value: value is None or value > 0)

@@ -71,8 +71,8 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_online()
     config.validate_optimizer()
+    config.validate_online()
     once = "1: without a ratio every completion serves one update"
     require("num_iterations", config.num_iterations, once, lambda passes: passes == 1)
     require("gamma", config.gamma, "in [0, 1]", lambda value: 0 <= value <= 1)

@@ -57,8 +57,8 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_online()
     config.validate_optimizer()
+    config.validate_online()
     require_at_least(2, num_generations=config.num_generations)
     require("epsilon", config.epsilon, "in (0, 1)", lambda e: 0 < e < 1)
     require("beta", config.beta, "at least 0", lambda beta: beta >= 0)
