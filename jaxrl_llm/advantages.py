@@ -149,7 +149,8 @@ def group_relative_advantages(
         https://arxiv.org/abs/2503.20783
     """
     groups, valid, count = _groups(rewards, group_size)
-    centred = jnp.where(valid, groups - groups.sum(-1, keepdims=True) / jnp.maximum(count, 1), 0)
+    above = _above_lowest(groups, valid)
+    centred = jnp.where(valid, above - above.sum(-1, keepdims=True) / jnp.maximum(count, 1), 0)
     if scale_rewards == "group":
         scale = _std((centred**2).sum(-1, keepdims=True), count) + epsilon
     elif scale_rewards == "batch":
@@ -161,6 +162,15 @@ def group_relative_advantages(
     else:
         raise ValueError(f"scale_rewards must be one of {get_args(ScaleRewards)}, got {scale_rewards!r}.")
     return (centred / scale).reshape(-1)
+
+
+def _above_lowest(groups: Array, valid: Array) -> Array:
+    """Subtracts the lowest of each group, so that equal rewards are exactly 0 from their mean, which may be rounded.
+
+    Adam and the natural gradient would make a whole step of a rounding error.
+    """
+    lowest = jnp.min(jnp.where(valid, groups, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(valid, groups - lowest, 0)
 
 
 def _std(sum_of_squares: Array, count: Array) -> Array:
@@ -181,8 +191,9 @@ def leave_one_out_advantages(rewards: Float[Array, " rows"], group_size: int) ->
         Ahmadian et al., 2024, eq. 5. https://arxiv.org/abs/2402.14740
     """
     groups, valid, count = _groups(rewards, group_size)
-    others = (groups.sum(-1, keepdims=True) - groups) / jnp.maximum(count - 1, 1)
-    return jnp.where(valid & (count > 1), groups - others, 0).reshape(-1)
+    above = _above_lowest(groups, valid)
+    others = (above.sum(-1, keepdims=True) - above) / jnp.maximum(count - 1, 1)
+    return jnp.where(valid & (count > 1), above - others, 0).reshape(-1)
 
 
 def multi_objective_advantages(

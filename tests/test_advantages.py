@@ -380,6 +380,13 @@ def test_reinforce_plus_plus_standardizes_returns_over_the_tokens_of_the_batch()
     assert not np.any(advantages[~counts])
 
 
+def test_equal_rewards_have_advantages_of_exactly_zero_whatever_they_are():
+    # Their mean is rounded, and an optimizer that divides by the size of the gradient makes a step of the difference.
+    rewards = jnp.repeat(jnp.array([0.1, 0.3, 0.7, 1.7, 2.3, -2.2, 123.4], jnp.float32), 6).at[8].set(jnp.nan)
+    for estimate in (group_relative_advantages, leave_one_out_advantages):
+        np.testing.assert_array_equal(jax.jit(estimate, static_argnums=1)(rewards, 6), np.zeros(42))
+
+
 def test_groups_with_equal_rewards_are_dropped_and_counted():
     # The deviation of three times 0.1 is 1.4e-17 in float64, and not 0.
     rewards = array([0.1, 0.1, 0.1, 1, 0, 1, np.nan, np.nan, np.nan, np.nan, 2, 2])

@@ -132,7 +132,9 @@ def make_method(config: Config) -> Method:
 def take_baseline(scores: Float[Array, " rows"], valid: Bool[Array, " rows"], config: Config) -> Float[Array, " rows"]:
     """Subtracts the baseline from the scores of completions."""
     if config.baseline == "batch":
-        return scores - masked_mean(scores, valid)
+        # From the lowest up, so that equal scores are exactly 0 from their mean, which may be rounded.
+        above = jnp.where(valid, scores - jnp.min(jnp.where(valid, scores, jnp.inf)), 0)
+        return above - masked_mean(above, valid)
     if config.baseline == "group":
         return leave_one_out_advantages(jnp.where(valid, scores, jnp.nan), config.num_generations)
     return scores
