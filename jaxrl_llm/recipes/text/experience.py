@@ -205,7 +205,7 @@ def rollout_metrics(
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
-        "completions/clipped_ratio": 1 - ended.mean(),
+        "completions/clipped_ratio": jnp.mean(~ended),
         "completions/mean_terminated_length": masked_mean(lengths.astype(jnp.float32), ended),
         "completions/min_terminated_length": jnp.where(ended.any(), shortest, 0),
         "completions/max_terminated_length": jnp.max(jnp.where(ended, lengths, 0)),
