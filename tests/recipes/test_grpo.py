@@ -369,5 +369,5 @@ def test_an_evaluation_of_some_held_out_prompts_takes_them_from_everywhere(base)
 
 
 def test_completions_that_the_model_has_no_room_for_are_refused(base):
-    with pytest.raises(ValueError, match=r"context_length=16 tokens, and 19 are needed: lower .*max_completion_length"):
-        grpo.run(renamed(base, "long", max_completion_length=12))
+    with pytest.raises(ValueError, match=r"context_length=16 tokens, and 17 are needed: lower .*max_completion_length"):
+        grpo.run(renamed(base, "long", max_completion_length=14))

@@ -123,11 +123,13 @@ class RewardModelReward:
     Attributes:
         scorer: The reward model.
         tokenizer: That of the policy, whose ids come.
+        eos_ids: The tokens that end its completions.
         batch_size: Texts that are scored together.
     """
 
     scorer: LanguageModel
     tokenizer: Tokenizer
+    eos_ids: tuple[int, ...]
     batch_size: int = 32
 
     @property
@@ -149,7 +151,7 @@ class RewardModelReward:
             return self._scores(rows)
         examples = [_example(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
         tokenized = tokenize_rated_rows(examples, self.scorer.tokenizer)
-        ended = [len(ids) > 0 and ids[-1] == self.tokenizer.eos_token_id for ids in completion_ids]
+        ended = [len(ids) > 0 and ids[-1] in self.eos_ids for ids in completion_ids]
         rows = [row if ended[i] else self._cut(row) for row, i in zip(tokenized.rows, tokenized.kept, strict=True)]
         rewards: list[float | None] = [None] * len(examples)
         for index, reward in zip(tokenized.kept, self._scores(rows), strict=True):

@@ -167,8 +167,10 @@ def load_parts(config: OnlineOptions, key: Key) -> Parts:
     """
     model = load_model(config, key)
     train, held_out = _tables(model, config)
-    tokens = max(train.length, held_out.length) + config.max_completion_length - 1
+    tokens = max(train.longest, held_out.longest) + config.max_completion_length - 1
     require_room(model, tokens, "lower max_prompt_length or max_completion_length")
+    room = model.context_length - config.max_completion_length + 1
+    train, held_out = (table._replace(length=min(table.length, room)) for table in (train, held_out))
     return Parts(model, train, held_out, load_rewards(model, config))
 
 
@@ -186,10 +188,8 @@ def _tables(model: LanguageModel, config: OnlineOptions) -> list[PromptTable]:
 def load_rewards(model: LanguageModel, config: OnlineOptions) -> HostRewards | TracedRewards:
     """Loads the reward functions that the settings name."""
     if config.traceable_rewards:
-        tokenizer = model.tokenizer
-        return TracedRewards(
-            model, load_traceable_reward(config.reward_funcs, tokenizer.eos_token_id, tokenizer=tokenizer)
-        )
+        reward = load_traceable_reward(config.reward_funcs, *model.eos_ids, tokenizer=model.tokenizer)
+        return TracedRewards(model, reward)
     timeout = config.reward_timeout or None
     return load_host_rewards(model, config.reward_funcs, errors=config.reward_errors, timeout=timeout)
 

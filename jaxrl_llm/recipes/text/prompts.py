@@ -41,7 +41,12 @@ class PromptTable(NamedTuple):
     arrays: dict[str, np.ndarray]
     """Numeric columns as they are; a column of text `answer` as `answer_ids` and `answer_mask`."""
     length: int
-    """Length of the longest prompt, rounded up."""
+    """Tokens to which prompts are padded: the length of the longest, rounded up where the model has room."""
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest prompt."""
+        return max(map(len, self.tokens))
 
     def batch(self, indices: Sequence[int] | np.ndarray, pad_id: int) -> Prompts:
         """Collates some of the prompts, left-padded to the length of all, so that one shape compiles."""
@@ -83,7 +88,7 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-def load_traceable_reward(names: Sequence[str], eos_id: int, *, tokenizer: Tokenizer | None = None) -> TraceableReward:
+def load_traceable_reward(names: Sequence[str], *eos_ids: int, tokenizer: Tokenizer | None = None) -> TraceableReward:
     """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into one, `[rows, functions]`.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
@@ -91,7 +96,7 @@ def load_traceable_reward(names: Sequence[str], eos_id: int, *, tokenizer: Token
 
     Args:
         names: As `load_reward` takes them, or "reward_model:path/to/folder".
-        eos_id: The token that ends a completion.
+        *eos_ids: The tokens that end a completion. A function is given one as the number `eos_id`, several as an array.
         tokenizer: That of the policy: a reward model must have its tokens.
 
     Raises:
@@ -102,6 +107,7 @@ def load_traceable_reward(names: Sequence[str], eos_id: int, *, tokenizer: Token
 
     def reward(completions: Completions, columns: Columns) -> Float[Array, "rows functions"]:
         # What was sampled comes last: a dataset may have a column `completion` of its own.
+        eos_id = eos_ids[0] if len(eos_ids) == 1 else jnp.array(eos_ids, jnp.int32)
         given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
         rows = completions.ids.shape[0]
         scores = []
@@ -219,7 +225,7 @@ def _load_host(name: str, model: LanguageModel) -> Callable:
     if not name.startswith(model_rewards.PREFIX):
         return load_reward(name)
     scorer = model_rewards.load_scorer(name.removeprefix(model_rewards.PREFIX))
-    return model_rewards.RewardModelReward(scorer, model.tokenizer)
+    return model_rewards.RewardModelReward(scorer, model.tokenizer, model.eos_ids)
 
 
 class TracedRewards(NamedTuple):
