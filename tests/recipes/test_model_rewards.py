@@ -94,7 +94,7 @@ def test_the_traced_reward_is_that_of_the_host(policy, folder, table, expected):
     completions, _ = completions_of(policy, TEXTS)
     names = [f"reward_model:{folder}", "exact_match_tokens"]
     eos_id = policy.tokenizer.eos_token_id
-    reward = load_traceable_reward(names, eos_id, tokenizer=policy.tokenizer)
+    reward = load_traceable_reward(names, [eos_id], tokenizer=policy.tokenizer)
     totals, _ = TracedRewards(policy, reward)(table, np.arange(3), completions)
     np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
     np.testing.assert_array_equal(totals[:, 1], [1, 0, 0, 0, 0, 0])
@@ -112,7 +112,7 @@ def test_another_tokenizer_reads_the_text_and_an_eos_where_the_completion_ended(
     totals, _ = rewards(prompts, np.arange(3), completions_of(stranger, TEXTS)[0])
     np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
     with pytest.raises(ValueError, match=r"has other tokens than the policy .* tokenized anew"):
-        load_traceable_reward([f"reward_model:{folder}"], 1, tokenizer=stranger.tokenizer)
+        load_traceable_reward([f"reward_model:{folder}"], [1], tokenizer=stranger.tokenizer)
 
 
 def test_a_text_that_the_reward_model_has_no_room_for_is_named(policy, folder):

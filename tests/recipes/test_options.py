@@ -129,7 +129,10 @@ GRPO = [
     ({"num_iterations": 0}, "num_iterations must be a whole number of at least 1, got 0"),
     ({"max_steps": 0}, "max_steps must be a whole number of at least 1, got 0"),
     ({"eval_prompts": 0}, "eval_prompts must be a whole number of at least 1, got 0"),
-    ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps must be a divisor of the 256 completions of an update, got 3"),
+    (
+        {"gradient_accumulation_steps": 3},
+        "gradient_accumulation_steps must be a divisor of the 256 completions of an update, got 3",
+    ),
     ({"temperature": 0.0}, "temperature must be positive: greedy completions are all alike, got 0.0"),
     ({"top_k": -1}, "top_k must be a whole number of at least 0, got -1"),
     ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),

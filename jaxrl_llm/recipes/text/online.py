@@ -188,7 +188,7 @@ def _tables(model: LanguageModel, config: OnlineOptions) -> list[PromptTable]:
 def load_rewards(model: LanguageModel, config: OnlineOptions) -> HostRewards | TracedRewards:
     """Loads the reward functions that the settings name."""
     if config.traceable_rewards:
-        reward = load_traceable_reward(config.reward_funcs, *model.eos_ids, tokenizer=model.tokenizer)
+        reward = load_traceable_reward(config.reward_funcs, model.eos_ids, tokenizer=model.tokenizer)
         return TracedRewards(model, reward)
     timeout = config.reward_timeout or None
     return load_host_rewards(model, config.reward_funcs, errors=config.reward_errors, timeout=timeout)

@@ -88,7 +88,9 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-def load_traceable_reward(names: Sequence[str], *eos_ids: int, tokenizer: Tokenizer | None = None) -> TraceableReward:
+def load_traceable_reward(
+    names: Sequence[str], eos_ids: Sequence[int], *, tokenizer: Tokenizer | None = None
+) -> TraceableReward:
     """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into one, `[rows, functions]`.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
@@ -96,7 +98,7 @@ def load_traceable_reward(names: Sequence[str], *eos_ids: int, tokenizer: Tokeni
 
     Args:
         names: As `load_reward` takes them, or "reward_model:path/to/folder".
-        *eos_ids: The tokens that end a completion. A function is given one as the number `eos_id`, several as an array.
+        eos_ids: The tokens that end a completion. A function is given one as the number `eos_id`, several as an array.
         tokenizer: That of the policy: a reward model must have its tokens.
 
     Raises:
@@ -107,7 +109,7 @@ def load_traceable_reward(names: Sequence[str], *eos_ids: int, tokenizer: Tokeni
 
     def reward(completions: Completions, columns: Columns) -> Float[Array, "rows functions"]:
         # What was sampled comes last: a dataset may have a column `completion` of its own.
-        eos_id = eos_ids[0] if len(eos_ids) == 1 else jnp.array(eos_ids, jnp.int32)
+        eos_id = eos_ids[0] if len(eos_ids) == 1 else jnp.array(tuple(eos_ids), jnp.int32)
         given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
         rows = completions.ids.shape[0]
         scores = []
