@@ -89,7 +89,7 @@ class Contender(NamedTuple):
 
 
 def contender(name: str, model: str, iterations: int) -> Contender:
-    """Makes a contender. Learning rates are the best of a few that were tried for each (see LOG.md)."""
+    """Makes a contender: one update for each iteration, but four of PPO, two passes over two mini-batches."""
     common = COMMON | {"model": model, "max_steps": iterations}
     falling = {"lr_scheduler_type": "linear", "warmup_steps": min(30, iterations // 4)}
     if name == "trpo":
@@ -100,7 +100,7 @@ def contender(name: str, model: str, iterations: int) -> Contender:
         "rloo": lambda: rloo.Config(**common, **falling, learning_rate=1e-3, beta=0.0),
         "reinforce": lambda: reinforce.Config(**common, **falling, learning_rate=1e-3),
         "ppo": lambda: ppo.Config(
-            **common, **falling, learning_rate=1e-3, kl_coef=0.0, num_iterations=1, num_minibatches=1, vf_coef=0.5
+            **common, **falling, learning_rate=1e-3, kl_coef=0.0, num_iterations=2, num_minibatches=2, vf_coef=0.5
         ),
     }[name]()
     recipe = {"grpo": grpo, "rloo": rloo, "reinforce": reinforce, "ppo": ppo}[name]
@@ -186,6 +186,8 @@ def learn(parts: Parts, program: Program, config: Config, *, every: int = 20) ->
     train = jax.jit(jax.vmap(program.train, in_axes=(0, 1, 0)), donate_argnums=0)
     measure = jax.jit(jax.vmap(program.measure, in_axes=(0, None)))
     measured, logs, seconds = [measure(states.train.params, jax.random.key(7))], [], []
+    if config.iterations % every:
+        raise SystemExit(f"--iterations must be a multiple of {every}, got {config.iterations}.")
     for begin in range(0, config.iterations, every):
         started = time.perf_counter()
         states, metrics = jax.block_until_ready(train(states, indices[begin : begin + every], keys))
@@ -251,6 +253,7 @@ def run_compare(config: Config) -> dict[str, Any]:
             steps = result["metrics"]
             figures[name] |= {
                 "largest_kl_of_a_step": steps["trpo/kl"].max(),
+                "kl_of_steps": steps["trpo/kl"].mean(axis=0)[::10],
                 "max_kl": one.config.max_kl,
                 "steps_accepted": steps["trpo/accepted"].mean(),
             }

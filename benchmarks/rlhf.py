@@ -100,6 +100,8 @@ def stage(config: Config, name: str, recipe: Any, **settings: Any) -> dict[str, 
     if not kept.is_file():
         run = recipe.Config(output_dir=str(folder), overwrite=True, seed=config.seed, **settings)
         figures = timed(partial(recipe.run, run))
+        if "model" not in figures:
+            raise SystemExit(f"{name} was stopped; run this again.")
         kept.write_text(json.dumps(figures, default=float))
     return json.loads(kept.read_text())
 

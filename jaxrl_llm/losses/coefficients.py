@@ -21,7 +21,7 @@ class EntropyCoefState(NamedTuple):
 
 def init_entropy_coef(coef: Numeric = 0.0) -> EntropyCoefState:
     """Makes the state that a run starts with; `coef` is `entropy_coef`."""
-    return EntropyCoefState(jnp.asarray(coef, jnp.result_type(float)), jnp.asarray(jnp.inf))
+    return EntropyCoefState(jnp.asarray(coef, jnp.result_type(float)), jnp.asarray(jnp.inf, jnp.result_type(float)))
 
 
 def applied_entropy_coef(state: EntropyCoefState, *, entropy_target: Numeric = 0.2) -> Scalar:

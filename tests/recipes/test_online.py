@@ -51,7 +51,7 @@ def config_of(name, settings, folder, **changes):
         "rloo": {"beta": 0.01, "num_minibatches": 2},
         "reinforce": {"kl_coef": 0.01},
         "ppo": {"num_iterations": 2, "num_minibatches": 2, "value_network": "shared", "target_kl": 6.0},
-        "trpo": {"max_kl": 0.1},
+        "trpo": {"max_kl": 0.1, "max_steps": 24},
     }[name]
     learned = {} if name == "trpo" else learned
     output = {"output_dir": str(folder / name)}
@@ -74,21 +74,27 @@ def test_each_method_learns_and_leaves_a_model(name, settings, folder):
     _, params, _ = from_pretrained(figures["model"])
     assert jax.tree.structure(params) == jax.tree.structure(load_model(config, jax.random.key(0)).params)
     rows = [json.loads(line) for line in Path(config.output_dir, "samples.jsonl").read_text().splitlines()]
-    assert {row["step"] for row in rows} == {8, 16}
+    assert {row["step"] for row in rows} == set(range(8, config.max_steps + 1, 8))
     assert set(rows[0]) == {"step", "prompt", "completion", "reward"}
     assert all(row["reward"] == float(row["completion"] == "7") for row in rows)
     if name == "trpo":
         assert max(line["trpo/kl"] for line in lines[1:]) <= config.max_kl
         assert max(line["trpo/kl"] for line in lines[1:]) > 0.5 * config.max_kl
     if name == "ppo":
-        assert {"objective/kl", "objective/scores", "objective/rlhf_reward", "loss/value_avg"} <= set(lines[1])
+        assert {
+            "objective/kl",
+            "objective/entropy",
+            "objective/scores",
+            "objective/rlhf_reward",
+            "loss/value_avg",
+        } <= set(lines[1])
         assert lines[1]["objective/kl_coef"] != lines[-1]["objective/kl_coef"]
 
 
 @pytest.mark.parametrize("name", ["grpo", "trpo"])
 def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     changes = {"lora": True, "target_modules": ("all-linear",), "output_dir": str(folder / f"lora-{name}")}
-    changes |= {"max_kl": 0.2} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
+    changes |= {"max_kl": 0.3, "max_steps": 24} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
     config = config_of(name, settings, folder, **changes)
     figures = RECIPES[name].run(config)
     assert figures["eval_reward"] == 1
@@ -118,6 +124,13 @@ def test_ppo_stopped_by_ctrl_c_resumes_bit_for_bit(settings, folder, monkeypatch
     ("name", "changes", "message"),
     [
         ("trpo", {"num_iterations": 2}, "num_iterations must be 1: the trust region"),
+        (
+            "grpo",
+            {"traceable_rewards": True, "reward_timeout": 1.0},
+            "reward_timeout and reward_errors must be 0 and raise",
+        ),
+        ("grpo", {"drop_zero_std_groups": True, "loss_type": "grpo"}, "drop_zero_std_groups must be false but with"),
+        ("grpo", {"sapo_temperature_neg": 0.0}, "sapo_temperature_neg must be positive"),
         ("reinforce", {"num_iterations": 2}, "num_iterations must be 1: without a ratio"),
         ("ppo", {"value_model": "x"}, "value_model must be empty where value_network is shared"),
         ("ppo", {"kl_estimator": "k2"}, "kl_estimator must be k1 or k3 in a reward"),
@@ -166,8 +179,11 @@ VARIANTS = [
     ("grpo", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}),
     ("grpo", {"loss_type": "sapo", "scale_rewards": "batch", "mask_truncated_completions": True}),
     ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "top_entropy_quantile": 0.5}),
-    ("grpo", {"loss_type": "vespo", "off_policy_mask_threshold": 0.1, "num_minibatches": 2}),
-    ("grpo", {"loss_type": "luspo", "importance_sampling_level": "sequence", "drop_zero_std_groups": True}),
+    (
+        "grpo",
+        {"loss_type": "vespo", "drop_zero_std_groups": True, "off_policy_mask_threshold": 0.1, "num_minibatches": 2},
+    ),
+    ("grpo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
     ("grpo", {"loss_type": "gmpo", "multi_objective_aggregation": "normalize_then_sum"}),
     ("grpo", {"top_p": 0.8, "importance_sampling_mode": "token_truncate", "use_adaptive_entropy": True}),
     ("reinforce", {"baseline": "none", "normalize_advantages": True, "kl_coef": 0.1}),

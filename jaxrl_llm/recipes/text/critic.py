@@ -11,6 +11,7 @@ from jaxrl_llm.log_probs import TokenStatistics, chunked_token_statistics
 from jaxrl_llm.models import ScalarHead, from_pretrained_reward_model, scalar_head_params
 from jaxrl_llm.recipes.text.experience import Experience, Policy
 from jaxrl_llm.recipes.text.language_model import LanguageModel
+from jaxrl_llm.recipes.text.model_rewards import same_tokens
 from jaxrl_llm.rollouts.scoring import Apply, completion_outputs
 from jaxrl_llm.types import Key, Params
 
@@ -73,10 +74,15 @@ def _value_module(model: LanguageModel, value_model: str) -> tuple[ScalarHead, P
     assert not isinstance(model.module, ScalarHead)
     if not value_model:
         return ScalarHead(model.module), None
-    module, params, _ = from_pretrained_reward_model(value_model)
-    sizes = module.backbone.config.vocab_size, model.module.config.vocab_size
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"value_model={value_model!r} has {sizes[0]} tokens, and the policy {sizes[1]}.")
+    config = model.module.config
+    module, params, tokenizer = from_pretrained_reward_model(value_model, dtype=config.dtype, remat=config.remat)
+    if tokenizer is None or not same_tokens(tokenizer, model.tokenizer):
+        raise ValueError(f"value_model={value_model!r} has other tokens than the policy, or holds no tokenizer.")
+    if module.backbone.config.context_length < model.context_length:
+        raise ValueError(
+            f"value_model={value_model!r} reads {module.backbone.config.context_length} tokens, fewer than the policy's "
+            f"{model.context_length}."
+        )
     return module, params
 
 

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.divergences import KLEstimator, kl_estimate
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.reductions import masked_mean, masked_std, weighted_sum
 from jaxrl_llm.rollouts import Completions, score_completions
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
-from jaxrl_llm.types import Mask, Metrics, Numeric, Params
+from jaxrl_llm.types import Mask, Metrics, Numeric, Params, Scalar
 
 T = TypeVar("T")
 
@@ -152,12 +153,12 @@ def gather_experience(
     )
 
 
-def completion_kl(experience: Experience) -> Float[Array, " rows"]:
-    """Estimates the KL of each completion to the reference before the update, in nats (k1: it may be negative)."""
+def completion_kl(experience: Experience, estimator: KLEstimator = "k1") -> Float[Array, " rows"]:
+    """Estimates the KL of each completion to the reference before the update, in nats (k1 may be negative)."""
     assert experience.old_log_probs is not None
     assert experience.ref_log_probs is not None
     gap = jnp.where(experience.completion_mask, experience.old_log_probs - experience.ref_log_probs, 0)
-    return gap.sum(-1)
+    return kl_estimate(gap, jnp.zeros_like(gap), estimator).sum(-1)
 
 
 def sampling_metrics(
@@ -174,10 +175,17 @@ def sampling_metrics(
             "sampling/sampling_logp_difference/mean": weighted_sum(gap, token_weights),
             "sampling/sampling_logp_difference/max": jnp.max(jnp.where(experience.loss_mask, gap, 0)),
             "sampling/importance_sampling_ratio/mean": weighted_sum(ratio, token_weights),
-            "sampling/importance_sampling_ratio/min": jnp.min(ratio),
-            "sampling/importance_sampling_ratio/max": jnp.max(ratio),
+            "sampling/importance_sampling_ratio/min": _or_one(jnp.min(jnp.where(experience.loss_mask, ratio, jnp.inf))),
+            "sampling/importance_sampling_ratio/max": _or_one(
+                jnp.max(jnp.where(experience.loss_mask, ratio, -jnp.inf))
+            ),
         }
     )
+
+
+def _or_one(ratio: Scalar) -> Scalar:
+    """Reads the extreme of no ratios at all as one."""
+    return jnp.where(jnp.isfinite(ratio), ratio, 1.0)
 
 
 def rollout_metrics(

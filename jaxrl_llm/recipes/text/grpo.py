@@ -37,6 +37,9 @@ from jaxrl_llm.recipes.text.prompts import TraceableReward
 from jaxrl_llm.reductions import LossWeights
 from jaxrl_llm.types import Key, Mask, Metrics, Params, Scalar
 
+TOKEN_MEANS = ("dapo", "bnpo", "cispo", "vespo")
+"""Loss types whose loss is a mean over tokens."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OnlineOptions, OptimizerOptions):
@@ -64,6 +67,14 @@ class Config(OnlineOptions, OptimizerOptions):
     """Temperature of sapo's gate where the advantage is positive."""
     sapo_temperature_neg: float = 1.05
     """Temperature of sapo's gate elsewhere."""
+    vespo_k_pos: float = 2.0
+    """Power of the ratio in vespo where the advantage is not negative."""
+    vespo_lambda_pos: float = 3.0
+    """How fast large ratios fade in vespo where the advantage is not negative."""
+    vespo_k_neg: float = 3.0
+    """Power of the ratio in vespo elsewhere."""
+    vespo_lambda_neg: float = 2.0
+    """How fast large ratios fade in vespo elsewhere."""
     beta: float = 0.0
     """Strength of the KL penalty to the starting model."""
     kl_estimator: KLEstimator = "k3"
@@ -110,7 +121,17 @@ def validate(config: Config) -> None:
         require(name, getattr(config, name), "positive or None", lambda value: value is None or value > 0)
     for name in ("beta", "entropy_coef", "entropy_coef_delta", "entropy_target"):
         require(name, getattr(config, name), "at least 0", lambda value: value >= 0)
-    require("kl_estimator", config.kl_estimator, "k2 or k3: k1 as a penalty does nothing", lambda name: name != "k1")
+    estimator, corrected = config.kl_estimator, config.use_bias_correction_kl
+    meant = "k2 or k3: k1 as a penalty does nothing (but with use_bias_correction_kl)"
+    require("kl_estimator", estimator, meant, lambda name: name != "k1" or corrected)
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
+        require(name, getattr(config, name), "positive", lambda value: value > 0)
+    ones_own = config.multi_objective_aggregation == "sum_then_normalize"
+    meant = "group with normalize_then_sum, which has its own scale"
+    require("scale_rewards", config.scale_rewards, meant, lambda name: name == "group" or ones_own)
+    meant = f"false but with sum_then_normalize and one of {TOKEN_MEANS}: the others divide by all rows"
+    droppable = ones_own and config.loss_type in TOKEN_MEANS
+    require("drop_zero_std_groups", config.drop_zero_std_groups, meant, lambda drops: droppable or not drops)
     require("importance_sampling_clip_max", config.importance_sampling_clip_max, "positive", lambda bound: bound > 0)
     luspo = config.loss_type != "luspo" or config.importance_sampling_level == "sequence"
     require("importance_sampling_level", config.importance_sampling_level, "sequence for luspo", lambda _: luspo)
@@ -133,7 +154,7 @@ def make_method(config: Config) -> Method:
             loss_mask = loss_mask & drop_zero_std_groups(rewards, config.num_generations).keep[:, None]
         # On a single update the policy is the one that sampled: its ratio is one, by definition.
         score_old = config.updates_per_step > 1 or config.importance_sampling_mode is not None
-        parts = config.num_minibatches
+        parts = config.scoring_parts
         experience = gather_experience(policy, params, ref_params, rollout, loss_mask, score_old=score_old, parts=parts)
         advantages = multi_objective_advantages(
             rollout.rewards,
@@ -180,6 +201,10 @@ def make_method(config: Config) -> Method:
             delta=config.delta,
             sapo_temperature_pos=config.sapo_temperature_pos,
             sapo_temperature_neg=config.sapo_temperature_neg,
+            vespo_k_pos=config.vespo_k_pos,
+            vespo_lambda_pos=config.vespo_lambda_pos,
+            vespo_k_neg=config.vespo_k_neg,
+            vespo_lambda_neg=config.vespo_lambda_neg,
             beta=config.beta,
             kl_estimator=config.kl_estimator,
             use_bias_correction_kl=config.use_bias_correction_kl,

@@ -93,6 +93,11 @@ class OnlineOptions(RunOptions, ModelOptions):
         """Parts into which the rows of an update are split, one after the other."""
         return getattr(self, "gradient_accumulation_steps", 1)
 
+    @property
+    def scoring_parts(self) -> int:
+        """Parts in which all rows of an iteration are scored: as many rows at once as an update takes."""
+        return self.num_minibatches * self.parts
+
     def validate_online(self) -> None:
         """Checks the values."""
         self.validate_run()
@@ -121,6 +126,11 @@ class OnlineOptions(RunOptions, ModelOptions):
         require("repetition_penalty", self.repetition_penalty, "positive", lambda penalty: penalty > 0)
         require("eval_fraction", self.eval_fraction, "between 0 and 1", lambda share: 0 < share < 1)
         require("reward_timeout", self.reward_timeout, "at least 0", lambda seconds: seconds >= 0)
+        host = self.reward_timeout, self.reward_errors
+        meant = "0 and raise with traceable_rewards, where what is not finite does not apply"
+        require(
+            "reward_timeout and reward_errors", host, meant, lambda h: h == (0, "raise") or not self.traceable_rewards
+        )
         require("reward_funcs", self.reward_funcs, "at least one function", bool)
         weights, count = self.reward_weights, len(self.reward_funcs)
         require("reward_weights", weights, f"{count} numbers or none", lambda w: len(w) in (0, count))
@@ -216,7 +226,11 @@ def make_update(
     *,
     eos_ids: Sequence[int],
 ):
-    """Makes `update(state, ref_params, rollout, key) -> (state, metrics)`: all updates of one iteration."""
+    """Makes `update(state, ref_params, rollout, key) -> (state, metrics)`: all updates of one iteration.
+
+    Completions are scored at the temperature of the config, at which they are sampled.
+    """
+    policy = policy._replace(temperature=config.temperature, chunk_size=config.chunk_size)
 
     def loss_fn(params: Params, batch: Experience, key: Key) -> tuple[Scalar, Metrics]:
         return method.loss(policy, params, batch, key)
@@ -269,7 +283,8 @@ def repeat_updates(
         )
     else:
         rows = experience.completion_ids.shape[0]
-        order_keys = jax.random.split(jax.random.fold_in(key, state.step), config.num_iterations)
+        key, order_key = jax.random.split(key)
+        order_keys = jax.random.split(order_key, config.num_iterations)
         orders = jax.vmap(lambda key: jax.random.permutation(key, rows))(order_keys)
 
         def one(state: TrainState, chosen: Array) -> tuple[TrainState, Metrics]:
@@ -294,7 +309,7 @@ def make_iteration(
     """Makes a whole iteration, `iteration(state, prompts, key, ref_params=None) -> (state, metrics, rollout)`.
 
     Sampling, rewards, advantages and updates are one pure function: jit it, vmap it over states and keys for independent
-    seeds, or scan it over prompts. Numbers of the config, such as `epsilon` and `beta`, may be traced.
+    seeds, or scan it over prompts. Numbers that enter the loss, such as `epsilon` and `beta`, may be traced.
 
     Args:
         policy: The model.

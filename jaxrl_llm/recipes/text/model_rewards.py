@@ -45,6 +45,15 @@ def load_scorer(path: str) -> LanguageModel:
     return LanguageModel(module, params, tokenizer)
 
 
+def context_length(function: Callable[..., Any]) -> int | None:
+    """Tells how many tokens the reward model behind a reward function reads; None for any other function."""
+    if isinstance(function, RewardModelReward):
+        return function.scorer.context_length
+    if isinstance(function, partial) and function.func is reward_model_scores:
+        return function.args[0].backbone.config.context_length
+    return None
+
+
 def same_tokens(left: Tokenizer, right: Tokenizer) -> bool:
     """Tells whether ids of one tokenizer mean the same to the other."""
     return left.eos_token_id == right.eos_token_id and left.get_vocab() == right.get_vocab()

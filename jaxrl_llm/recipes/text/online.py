@@ -45,10 +45,13 @@ from jaxrl_llm.recipes.text.prompts import (
     HostRewards,
     PromptTable,
     TracedRewards,
+    function_metrics,
     load_host_rewards,
     load_traceable_reward,
     make_prompt_table,
+    reward_contexts,
 )
+from jaxrl_llm.training.logging import read_metrics
 from jaxrl_llm.types import Key, Params
 
 SAMPLES = 8
@@ -107,7 +110,7 @@ def run_online(
     Raises:
         ValueError: If a row of the data or a reward function is wrong.
     """
-    init_key, train_key, eval_key = jax.random.split(jax.random.key(config.seed), 3)
+    init_key, train_key, eval_key, start_key = jax.random.split(jax.random.key(config.seed), 4)
     parts = load_parts(config, init_key)
     model, train = parts.model, parts.train
     method = make_method(model, config)
@@ -122,8 +125,9 @@ def run_online(
     )
     trained, frozen = split_trainable(model.params)
     # With LoRA the base without adapters; else a copy, for the step gives the memory of its state away.
-    reference = jax.tree.map(jnp.copy, trained) if frozen is None else {}
-    ref_params = reference if needs_reference else None
+    ref_params: Params | None = None
+    if needs_reference:
+        ref_params = jax.tree.map(jnp.copy, trained) if frozen is None else {}
     iterate = compile_iteration(parts, method, optimizer, config)
     held_out_reward = make_evaluation(parts, method, config)
     last: dict[str, Rollout] = {}
@@ -138,11 +142,9 @@ def run_online(
     def evaluate(state: OnlineState) -> dict[str, Any]:
         return {"eval_reward": held_out_reward(state.train.params, frozen, eval_key)}
 
-    start = start_state(method, method.start(jax.random.fold_in(init_key, 1), trained), optimizer)
-    before = float(evaluate(start)["eval_reward"])
     state, complete_run = training_loop(
         config,
-        start,
+        start_state(method, method.start(start_key, trained), optimizer),
         update,
         total_steps=config.max_steps,
         label=method.label,
@@ -150,7 +152,9 @@ def run_online(
         sample=lambda state, step: sampled_rows(model, last.get("rollout"), config, step),
         show=method.show,
     )
-    figures: dict[str, Any] = {"eval_reward_before": before, "eval_reward": float(evaluate(state)["eval_reward"])}
+    lines = read_metrics(config.output_dir)
+    figures: dict[str, Any] = {"eval_reward_before": lines[0]["eval_reward"]}
+    figures["eval_reward"] = lines[-1]["eval_reward"] if complete_run else evaluate(state)["eval_reward"]
     if complete_run:
         figures["model"] = str(Path(config.output_dir) / "model")
         params = join_trainable(method.policy_params(state.train.params), frozen)
@@ -169,9 +173,17 @@ def load_parts(config: OnlineOptions, key: Key) -> Parts:
     train, held_out = _tables(model, config)
     tokens = max(train.longest, held_out.longest) + config.max_completion_length - 1
     require_room(model, tokens, "lower max_prompt_length or max_completion_length")
-    room = model.context_length - config.max_completion_length + 1
+    rewards = load_rewards(model, config)
+    # A reward model reads the last token too, which the policy only writes.
+    room = min([model.context_length + 1, *reward_contexts(rewards)]) - config.max_completion_length
+    longest = max(train.longest, held_out.longest)
+    if longest > room:
+        raise ValueError(
+            f"A reward model reads {room + config.max_completion_length} tokens, and {longest} of a prompt with "
+            f"max_completion_length={config.max_completion_length} are more: lower either, or max_prompt_length."
+        )
     train, held_out = (table._replace(length=min(table.length, room)) for table in (train, held_out))
-    return Parts(model, train, held_out, load_rewards(model, config))
+    return Parts(model, train, held_out, rewards)
 
 
 def _tables(model: LanguageModel, config: OnlineOptions) -> list[PromptTable]:
@@ -205,9 +217,9 @@ def compile_iteration(
         @partial(jax.jit, donate_argnums=0)
         def whole(state, prompts, key, ref_params, frozen):
             policy = bind(model, frozen, config)
-            return make_iteration(policy, optimizer, method, rewards.reward, config, **ids)(
-                state, prompts, key, ref_params
-            )
+            iteration = make_iteration(policy, optimizer, method, rewards.reward, config, **ids)
+            state, metrics, rollout = iteration(state, prompts, key, ref_params)
+            return state, metrics | function_metrics(config.reward_funcs, rollout.rewards), rollout
 
         return lambda state, indices, *rest: whole(state, train.batch(indices, model.pad_id), *rest)
 
@@ -242,7 +254,7 @@ def make_evaluation(
         config, num_generations=1, temperature=0.0, repetition_penalty=1.0, rollout_batch_size=0
     )
     count = len(held_out.tokens)
-    size = min(count, 256)
+    size = min(count, 256, (config.rollout_batch_size or config.num_prompts) * config.num_generations)
 
     @jax.jit
     def sample(params, frozen, key, prompts):

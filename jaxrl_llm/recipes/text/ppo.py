@@ -133,9 +133,15 @@ def make_method(model: LanguageModel, config: Config) -> Method:
             config.missing_eos_penalty,
         )
         experience = gather_experience(
-            policy, params.policy, ref_params, rollout, loss_mask & valid[:, None], score_old=False
+            policy,
+            params.policy,
+            ref_params,
+            rollout,
+            loss_mask & valid[:, None],
+            score_old=False,
+            parts=config.scoring_parts,
         )
-        old_log_probs, old_values = score_old(policy, params, experience)
+        old_log_probs, old_values, entropy = score_old(policy, params, experience)
         experience = experience._replace(old_log_probs=old_log_probs, old_values=old_values)
         rewards = token_rewards(
             scores,
@@ -153,16 +159,17 @@ def make_method(model: LanguageModel, config: Config) -> Method:
             lam=config.lam,
             whiten_rewards=config.whiten_rewards,
         )
-        kl = jnp.zeros_like(scores) if ref_params is None else completion_kl(experience)
-        metrics = objective_metrics(scores, rewards, kl, valid) | {"objective/kl_coef": carry.kl_coef}
+        kl = jnp.zeros_like(scores) if ref_params is None else completion_kl(experience, config.kl_estimator)
+        entropy = jnp.where(completions.mask, entropy, 0).sum(-1)
+        metrics = objective_metrics(scores, rewards, kl, entropy, valid) | {"objective/kl_coef": carry.kl_coef}
         return experience._replace(advantages=advantages.advantages, returns=advantages.returns), metrics
 
-    def score_old(policy: Policy, params: ActorCriticParams, experience: Experience) -> tuple[Array, Array]:
-        def some(part: Experience) -> tuple[Array, Array]:
+    def score_old(policy: Policy, params: ActorCriticParams, experience: Experience) -> tuple[Array, Array, Array]:
+        def some(part: Experience) -> tuple[Array, Array, Array]:
             statistics, values = critic.score(policy, params, part)
-            return statistics.log_probs, values
+            return statistics.log_probs, values, statistics.entropy
 
-        return jax.lax.stop_gradient(in_parts(some, experience, config.num_minibatches))
+        return jax.lax.stop_gradient(in_parts(some, experience, config.scoring_parts))
 
     def loss(policy: Policy, params: ActorCriticParams, batch: Experience, key: Key) -> tuple[Scalar, Metrics]:
         statistics, values = critic.score(policy, params, batch)
@@ -209,12 +216,14 @@ def objective_metrics(
     scores: Float[Array, " rows"],
     rewards: Float[Array, "rows time"],
     kl: Float[Array, " rows"],
+    entropy: Float[Array, " rows"],
     valid: Bool[Array, " rows"],
 ) -> Metrics:
     """Computes TRL's `objective/…`: means over completions of what is maximised; sums over their tokens."""
     total = rewards.sum(-1)
     return {
         "objective/kl": masked_mean(kl, valid),
+        "objective/entropy": masked_mean(entropy, valid),
         "objective/scores": masked_mean(scores, valid),
         "objective/non_score_reward": masked_mean(total - scores, valid),
         "objective/rlhf_reward": masked_mean(total, valid),

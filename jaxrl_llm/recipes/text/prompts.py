@@ -13,6 +13,7 @@ from jaxrl_llm.data import PromptExample, collate_prompts, reward_columns, token
 from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
 from jaxrl_llm.recipes.text import model_rewards
 from jaxrl_llm.recipes.text.language_model import LanguageModel, decode
+from jaxrl_llm.reductions import masked_mean, masked_std
 from jaxrl_llm.rewards import OnError, evaluate_rewards, load_reward
 from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.types import Metrics
@@ -88,42 +89,73 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-def load_traceable_reward(
-    names: Sequence[str], eos_ids: Sequence[int], *, tokenizer: Tokenizer | None = None
-) -> TraceableReward:
-    """Joins functions `reward(completion_ids, completion_mask, **columns) -> [rows]` into one, `[rows, functions]`.
+class JoinedReward(NamedTuple):
+    """Traceable functions `reward(completion_ids, completion_mask, **columns) -> [rows]` as one, `[rows, functions]`.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
-    `**columns`.
+    `**columns`. What is not finite counts as NaN: the function does not apply there.
 
-    Args:
-        names: As `load_reward` takes them, or "reward_model:path/to/folder".
+    Attributes:
+        names: Of the functions, for messages.
+        functions: The functions.
         eos_ids: The tokens that end a completion. A function is given one as the number `eos_id`, several as an array.
-        tokenizer: That of the policy: a reward model must have its tokens.
-
-    Raises:
-        ValueError: If a function names an argument that is not there, or returns anything but one number for each
-            completion (raised when it is traced); if a reward model has other tokens.
     """
-    functions = [_load_traceable(name, tokenizer) for name in names]
 
-    def reward(completions: Completions, columns: Columns) -> Float[Array, "rows functions"]:
+    names: tuple[str, ...]
+    functions: tuple[Callable, ...]
+    eos_ids: tuple[int, ...]
+
+    def __call__(self, completions: Completions, columns: Columns) -> Float[Array, "rows functions"]:
+        """Scores completions.
+
+        Raises:
+            ValueError: If a function names an argument that is not there, or returns anything but one number for each
+                completion.
+        """
         # What was sampled comes last: a dataset may have a column `completion` of its own.
-        eos_id = eos_ids[0] if len(eos_ids) == 1 else jnp.array(tuple(eos_ids), jnp.int32)
+        eos_id = self.eos_ids[0] if len(self.eos_ids) == 1 else jnp.array(self.eos_ids, jnp.int32)
         given = {**columns, "completion_ids": completions.ids, "completion_mask": completions.mask, "eos_id": eos_id}
         rows = completions.ids.shape[0]
         scores = []
-        for function, name in zip(functions, names, strict=True):
+        for function, name in zip(self.functions, self.names, strict=True):
             values = function(**_arguments(function, name, given))
             if jnp.shape(values) != (rows,):
                 raise ValueError(
                     f"The traceable reward {name!r} returned shape {jnp.shape(values)}; expected one number for each of "
                     f"the {rows} completions."
                 )
-            scores.append(jnp.asarray(values, jnp.float32))
+            values = jnp.asarray(values, jnp.float32)
+            scores.append(jnp.where(jnp.isfinite(values), values, jnp.nan))
         return jnp.stack(scores, axis=1)
 
-    return reward
+
+def load_traceable_reward(
+    names: Sequence[str], eos_ids: Sequence[int], *, tokenizer: Tokenizer | None = None
+) -> JoinedReward:
+    """Loads traceable reward functions by name.
+
+    Args:
+        names: As `load_reward` takes them, or "reward_model:path/to/folder".
+        eos_ids: The tokens that end a completion.
+        tokenizer: That of the policy: a reward model must have its tokens.
+
+    Raises:
+        ValueError: If a name is wrong, or a reward model has other tokens.
+    """
+    return JoinedReward(tuple(names), tuple(_load_traceable(name, tokenizer) for name in names), tuple(eos_ids))
+
+
+def function_metrics(names: Sequence[str], rewards: Float[Array, "rows functions"]) -> Metrics:
+    """Computes mean and deviation of each traceable reward where it applies, and the share of completions where not."""
+    metrics: Metrics = {}
+    for index, name in enumerate(names):
+        short = name.partition("(")[0].rpartition(":")[2].rpartition("/")[2] or name
+        short = f"{short}_{index + 1}" if f"rewards/{short}/mean" in metrics else short
+        values, applies = rewards[:, index], ~jnp.isnan(rewards[:, index])
+        metrics[f"rewards/{short}/mean"] = masked_mean(values, applies)
+        metrics[f"rewards/{short}/std"] = masked_std(values, applies)
+        metrics[f"rewards/{short}/missing"] = jnp.mean(~applies)
+    return metrics
 
 
 def _load_traceable(name: str, tokenizer: Tokenizer | None) -> Callable:
@@ -228,6 +260,12 @@ def _load_host(name: str, model: LanguageModel) -> Callable:
         return load_reward(name)
     scorer = model_rewards.load_scorer(name.removeprefix(model_rewards.PREFIX))
     return model_rewards.RewardModelReward(scorer, model.tokenizer, model.eos_ids)
+
+
+def reward_contexts(rewards: "HostRewards | TracedRewards") -> list[int]:
+    """Lists how many tokens each reward model among the rewards reads."""
+    functions = rewards.functions if isinstance(rewards, HostRewards) else getattr(rewards.reward, "functions", ())
+    return [length for length in map(model_rewards.context_length, functions) if length is not None]
 
 
 class TracedRewards(NamedTuple):

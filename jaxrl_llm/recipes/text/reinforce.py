@@ -74,7 +74,8 @@ def validate(config: Config) -> None:
     config.validate_optimizer()
     config.validate_online()
     once = "1: without a ratio every completion serves one update"
-    require("num_iterations", config.num_iterations, once, lambda passes: passes == 1)
+    for name in ("num_iterations", "num_minibatches"):
+        require(name, getattr(config, name), once, lambda count: count == 1)
     require("gamma", config.gamma, "in [0, 1]", lambda value: 0 <= value <= 1)
     for name in ("kl_coef", "entropy_coef"):
         require(name, getattr(config, name), "at least 0", lambda value: value >= 0)
@@ -93,7 +94,8 @@ def make_method(config: Config) -> Method:
         valid = ~jnp.isnan(scores)
         loss_mask = loss_mask & valid[:, None]
         penalized = ref_params is not None
-        experience = gather_experience(policy, params, ref_params, rollout, loss_mask, score_old=penalized)
+        options = {"score_old": penalized, "parts": config.scoring_parts}
+        experience = gather_experience(policy, params, ref_params, rollout, loss_mask, **options)
         rewards = token_rewards(
             take_baseline(jnp.where(valid, scores, 0), valid, config),
             rollout.completions.mask,

@@ -71,7 +71,7 @@ def make_method(config: Config) -> Method:
         policy: Policy, params: Params, ref_params: Params | None, rollout: Rollout, loss_mask: Mask, carry: Any
     ) -> tuple[Experience, Metrics]:
         score_old = config.updates_per_step > 1 or ref_params is not None
-        parts = config.num_minibatches
+        parts = config.scoring_parts
         experience = gather_experience(policy, params, ref_params, rollout, loss_mask, score_old=score_old, parts=parts)
         rewards, metrics = rollout.total_rewards(config.reward_weights), {}
         if ref_params is not None:
