@@ -204,13 +204,22 @@ def interruptible() -> Iterator[Interrupt]:
             signal.signal(signum, handler)
 
 
-def _make_room(folder: Path, overwrite: bool) -> None:
-    found = [path for pattern in _WRITTEN_BY_A_RUN for path in sorted(folder.glob(pattern))]
-    if found and not overwrite:
+def require_free(folder: str | os.PathLike) -> None:
+    """Raises a `FileExistsError` if the folder holds a run: for what takes long before a logger is made."""
+    if found := _written_by_a_run(Path(folder)):
         raise FileExistsError(
             f"{folder} already holds a run (it has {found[0].name}): resume it, name another folder, or overwrite it."
         )
-    for path in found:
+
+
+def _written_by_a_run(folder: Path) -> list[Path]:
+    return [path for pattern in _WRITTEN_BY_A_RUN for path in sorted(folder.glob(pattern))]
+
+
+def _make_room(folder: Path, overwrite: bool) -> None:
+    if not overwrite:
+        require_free(folder)
+    for path in _written_by_a_run(folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

@@ -97,8 +97,11 @@ def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     changes |= {"max_kl": 0.3, "max_steps": 24} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
     config = config_of(name, settings, folder, **changes)
     figures = RECIPES[name].run(config)
-    assert figures["eval_reward"] == 1
     lines = curve(config.output_dir)
+    assert figures["eval_reward_before"] < 0.3
+    assert figures["eval_reward"] > 0.8
+    if name == "trpo":
+        assert 0 < max(line["trpo/kl"] for line in lines[1:]) <= config.max_kl
     if name == "grpo":  # The reference is the base without adapters.
         assert lines[1]["kl"] == pytest.approx(0, abs=1e-6)
         assert lines[-1]["kl"] > 0.1

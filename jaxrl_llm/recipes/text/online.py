@@ -51,7 +51,7 @@ from jaxrl_llm.recipes.text.prompts import (
     make_prompt_table,
     reward_contexts,
 )
-from jaxrl_llm.training.logging import read_metrics
+from jaxrl_llm.training.logging import read_metrics, require_free
 from jaxrl_llm.types import Key, Params
 
 SAMPLES = 8
@@ -110,6 +110,8 @@ def run_online(
     Raises:
         ValueError: If a row of the data or a reward function is wrong.
     """
+    if not (config.resume or config.overwrite):
+        require_free(config.output_dir)
     init_key, train_key, eval_key, start_key = jax.random.split(jax.random.key(config.seed), 4)
     parts = load_parts(config, init_key)
     model, train = parts.model, parts.train
@@ -140,11 +142,14 @@ def run_online(
         return state, metrics
 
     def evaluate(state: OnlineState) -> dict[str, Any]:
-        return {"eval_reward": held_out_reward(state.train.params, frozen, eval_key)}
+        return {"eval_reward": known.pop() if known else held_out_reward(state.train.params, frozen, eval_key)}
 
+    start = start_state(method, method.start(start_key, trained), optimizer)
+    # Before the run leaves anything behind: a reward that does not work is found here.
+    known = [] if config.resume else [held_out_reward(start.train.params, frozen, eval_key)]
     state, complete_run = training_loop(
         config,
-        start_state(method, method.start(start_key, trained), optimizer),
+        start,
         update,
         total_steps=config.max_steps,
         label=method.label,

@@ -1,5 +1,6 @@
 """Prompts with the columns that rewards read, and rewards of their completions, on the host or traced."""
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -89,7 +90,8 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
-class JoinedReward(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class JoinedReward:
     """Traceable functions `reward(completion_ids, completion_mask, **columns) -> [rows]` as one, `[rows, functions]`.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
