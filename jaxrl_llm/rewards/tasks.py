@@ -222,7 +222,7 @@ def _entry(name: str, size: int, seed: int, options: str, index: int) -> Entry:
 @functools.lru_cache(maxsize=16)
 def _dataset(name: str, size: int, seed: int, options: str) -> Any:
     try:
-        import reasoning_gym
+        import reasoning_gym  # pyright: ignore[reportMissingImports]: an extra
     except ImportError as error:
         raise ImportError(f"tasks need reasoning-gym ({error}): pip install 'jaxrl-llm[tasks]'.") from error
     known = reasoning_gym.factory.DATASETS
