@@ -28,11 +28,10 @@ from jaxrl_llm.losses.coefficients import EntropyCoefState, applied_entropy_coef
 from jaxrl_llm.losses.group_relative import GRPOLossType
 from jaxrl_llm.losses.ratios import ImportanceSamplingLevel
 from jaxrl_llm.losses.selection import CorrectionMode
-from jaxrl_llm.optimizers.first_order import ScheduleName
-from jaxrl_llm.recipes.options import OptimizerOptions, require, require_at_least
+from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.recipes.text.experience import Experience, Policy, Rollout, gather_experience, sampling_metrics
-from jaxrl_llm.recipes.text.iteration import Method, OnlineOptions, make_iteration
-from jaxrl_llm.recipes.text.online import run_online
+from jaxrl_llm.recipes.text.iteration import Method, make_iteration
+from jaxrl_llm.recipes.text.online import FirstOrderOptions, run_first_order
 from jaxrl_llm.recipes.text.prompts import TraceableReward
 from jaxrl_llm.reductions import LossWeights
 from jaxrl_llm.types import Key, Mask, Metrics, Params, Scalar
@@ -42,7 +41,7 @@ TOKEN_MEANS = ("dapo", "bnpo", "cispo", "vespo")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(OnlineOptions, OptimizerOptions):
+class Config(FirstOrderOptions):
     """Settings of GRPO."""
 
     output_dir: str = "runs/grpo"
@@ -97,14 +96,6 @@ class Config(OnlineOptions, OptimizerOptions):
     """Entropy of a token, in nats, that an adaptive bonus holds."""
     entropy_coef_delta: float = 0.005
     """Step of an adaptive weight."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. TRL's 1e-6 suits large pretrained models; small new ones need far more."""
-    lr_scheduler_type: ScheduleName = "constant"
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises from 0. Adam's first steps are large: small models need some."""
-    weight_decay: float = 0.0
-    """Decoupled decay, not on biases and norms."""
 
 
 def validate(config: Config) -> None:
@@ -262,11 +253,4 @@ def run(config: Config) -> dict[str, Any]:
         ValueError: If a setting, a row of the data or a reward function is wrong.
     """
     validate(config)
-    updates = config.max_steps * config.updates_per_step
-    return run_online(
-        config,
-        lambda model, config: make_method(config),
-        config.optimizer(updates),
-        needs_reference=config.beta > 0,
-        schedule=config.schedule(updates),
-    )
+    return run_first_order(config, lambda model, config: make_method(config), needs_reference=config.beta > 0)

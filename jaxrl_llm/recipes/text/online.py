@@ -18,7 +18,9 @@ from jaxtyping import Array
 
 from jaxrl_llm.data import batch_indices, prompt_example, split_indices
 from jaxrl_llm.models import join_trainable, split_trainable
+from jaxrl_llm.optimizers.first_order import ScheduleName
 from jaxrl_llm.recipes.loop import training_loop
+from jaxrl_llm.recipes.options import OptimizerOptions
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.text.experience import Policy, Rollout
 from jaxrl_llm.recipes.text.iteration import (
@@ -72,6 +74,29 @@ class Parts(NamedTuple):
     train: PromptTable
     held_out: PromptTable
     rewards: HostRewards | TracedRewards
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstOrderOptions(OnlineOptions, OptimizerOptions):
+    """Settings of an online run whose updates follow the gradient."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need far more."""
+    lr_scheduler_type: ScheduleName = "constant"
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Updates over which the learning rate rises from 0. Adam's first steps are large: small models need some."""
+    weight_decay: float = 0.0
+    """Decoupled decay, not on biases and norms."""
+
+
+def run_first_order(
+    config: FirstOrderOptions, make_method: Callable[[LanguageModel, Any], Method], *, needs_reference: bool
+) -> dict[str, Any]:
+    """Runs a method with the optimizer of its settings, see `run_online`."""
+    updates = config.max_steps * config.updates_per_step
+    optimizer, schedule = config.optimizer(updates), config.schedule(updates)
+    return run_online(config, make_method, optimizer, needs_reference=needs_reference, schedule=schedule)
 
 
 def bind(model: LanguageModel, frozen: Params | None, config: OnlineOptions) -> Policy:

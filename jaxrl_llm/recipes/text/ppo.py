@@ -17,7 +17,7 @@ from jaxrl_llm.divergences import KLEstimator
 from jaxrl_llm.losses import ppo_loss, update_kl_coef
 from jaxrl_llm.losses.coefficients import KLCoefState, init_kl_coef
 from jaxrl_llm.optimizers.first_order import ScheduleName
-from jaxrl_llm.recipes.options import OptimizerOptions, require
+from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.text.critic import ActorCriticParams, ValueNetwork, make_critic
 from jaxrl_llm.recipes.text.experience import (
     Experience,
@@ -28,16 +28,16 @@ from jaxrl_llm.recipes.text.experience import (
     in_parts,
     sampling_metrics,
 )
-from jaxrl_llm.recipes.text.iteration import Method, OnlineOptions
+from jaxrl_llm.recipes.text.iteration import Method
 from jaxrl_llm.recipes.text.language_model import LanguageModel
-from jaxrl_llm.recipes.text.online import run_online
+from jaxrl_llm.recipes.text.online import FirstOrderOptions, run_first_order
 from jaxrl_llm.reductions import LossWeights, loss_weights, masked_mean
 from jaxrl_llm.rewards.credit import penalize_missing_eos, response_advantages, token_rewards
 from jaxrl_llm.types import Key, Mask, Metrics, Params, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(OnlineOptions, OptimizerOptions):
+class Config(FirstOrderOptions):
     """Settings of PPO."""
 
     output_dir: str = "runs/ppo"
@@ -80,10 +80,6 @@ class Config(OnlineOptions, OptimizerOptions):
     """Peak learning rate. TRL's 3e-6 suits large pretrained models; small new ones need far more."""
     lr_scheduler_type: ScheduleName = "linear"
     """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises from 0. Adam's first steps are large: small models need some."""
-    weight_decay: float = 0.0
-    """Decoupled decay, not on biases and norms."""
 
 
 def validate(config: Config) -> None:
@@ -237,11 +233,4 @@ def run(config: Config) -> dict[str, Any]:
         ValueError: If a setting, a row of the data or a reward function is wrong.
     """
     validate(config)
-    updates = config.max_steps * config.updates_per_step
-    return run_online(
-        config,
-        make_method,
-        config.optimizer(updates),
-        needs_reference=config.kl_coef > 0,
-        schedule=config.schedule(updates),
-    )
+    return run_first_order(config, make_method, needs_reference=config.kl_coef > 0)

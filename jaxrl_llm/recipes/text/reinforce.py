@@ -16,8 +16,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.advantages import leave_one_out_advantages, token_returns
 from jaxrl_llm.divergences import KLEstimator
 from jaxrl_llm.losses import policy_gradient_loss
-from jaxrl_llm.optimizers.first_order import ScheduleName
-from jaxrl_llm.recipes.options import OptimizerOptions, require, require_at_least
+from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.recipes.text.experience import (
     Experience,
     Policy,
@@ -26,8 +25,8 @@ from jaxrl_llm.recipes.text.experience import (
     gather_experience,
     sampling_metrics,
 )
-from jaxrl_llm.recipes.text.iteration import Method, OnlineOptions
-from jaxrl_llm.recipes.text.online import run_online
+from jaxrl_llm.recipes.text.iteration import Method
+from jaxrl_llm.recipes.text.online import FirstOrderOptions, run_first_order
 from jaxrl_llm.reductions import LossWeights, Reduction, loss_weights, masked_mean, masked_standardize
 from jaxrl_llm.rewards.credit import token_rewards
 from jaxrl_llm.types import Key, Mask, Metrics, Params, Scalar
@@ -36,7 +35,7 @@ Baseline: TypeAlias = Literal["batch", "group", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(OnlineOptions, OptimizerOptions):
+class Config(FirstOrderOptions):
     """Settings of REINFORCE."""
 
     output_dir: str = "runs/reinforce"
@@ -55,14 +54,6 @@ class Config(OnlineOptions, OptimizerOptions):
     """How the loss is averaged: `sequence_sum` is REINFORCE, the mean over completions of their whole log-probability."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need far more."""
-    lr_scheduler_type: ScheduleName = "constant"
-    """Learning rate after the warm-up."""
-    warmup_steps: int = 0
-    """Updates over which the learning rate rises from 0. Adam's first steps are large: small models need some."""
-    weight_decay: float = 0.0
-    """Decoupled decay, not on biases and norms."""
 
 
 def validate(config: Config) -> None:
@@ -149,11 +140,4 @@ def run(config: Config) -> dict[str, Any]:
         ValueError: If a setting, a row of the data or a reward function is wrong.
     """
     validate(config)
-    updates = config.max_steps * config.updates_per_step
-    return run_online(
-        config,
-        lambda model, config: make_method(config),
-        config.optimizer(updates),
-        needs_reference=config.kl_coef > 0,
-        schedule=config.schedule(updates),
-    )
+    return run_first_order(config, lambda model, config: make_method(config), needs_reference=config.kl_coef > 0)
