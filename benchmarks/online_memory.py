@@ -193,7 +193,9 @@ def compiled_bytes(name: str, size: str) -> dict[str, float]:
     memory = jax.jit(update.function, donate_argnums=0).lower(state, kept, rows).compile().memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, kept)) if hasattr(x, "dtype"))
     figures = {"state_megabytes": held / 1e6, "temporary_megabytes": memory.temp_size_in_bytes / 1e6}
-    return figures | {"megabytes": sum(figures.values())}
+    trained = getattr(state, "train", state).params
+    counted = {"trained_parameters": sum(x.size for x in jax.tree.leaves(trained))}
+    return figures | {"megabytes": sum(figures.values())} | counted
 
 
 def measure(name: str) -> dict[str, float]:

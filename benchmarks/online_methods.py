@@ -178,7 +178,7 @@ def orders(parts: Parts, iterations: int, seeds: int) -> np.ndarray:
     return np.array([[batch_indices(count, size, seed=s, step=i) for s in range(seeds)] for i in range(iterations)])
 
 
-def learn(parts: Parts, program: Program, config: Config, *, every: int = 20) -> dict[str, Any]:
+def learn(parts: Parts, program: Program, config: Config, *, every: int = 10) -> dict[str, Any]:
     """Runs all seeds as one program; returns accuracy and KL [seeds, points], and how long it took."""
     states = jax.tree.map(lambda x: jnp.stack([x] * config.seeds), program.start)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
@@ -231,6 +231,12 @@ def spread(values: np.ndarray) -> dict[str, float]:
     return {"mean": values.mean(), "half_interval": half, "min": values.min(), "max": values.max()}
 
 
+def falls(accuracy: np.ndarray) -> dict[str, float]:
+    """Tells how far from monotone runs [seeds, points] were: share of intervals in which one fell, and the deepest fall."""
+    below_best = np.maximum.accumulate(accuracy, axis=1) - accuracy
+    return {"share_of_intervals_that_fell": (np.diff(accuracy) < 0).mean(), "deepest_fall": below_best.max()}
+
+
 def run_compare(config: Config) -> dict[str, Any]:
     """Runs every method."""
     model = teach(config)
@@ -247,7 +253,9 @@ def run_compare(config: Config) -> dict[str, Any]:
             "accuracy_before": result["accuracy"][:, 0].mean(),
             "accuracy": spread(result["accuracy"][:, -1]),
             "kl": spread(result["kl"][:, -1]),
+            **falls(result["accuracy"]),
             **single_run_cost(parts, program),
+            "seconds_per_iteration_of_all_seeds": result["seconds"],
         }
         if name == "trpo":
             steps = result["metrics"]
@@ -257,6 +265,9 @@ def run_compare(config: Config) -> dict[str, Any]:
                 "max_kl": one.config.max_kl,
                 "steps_accepted": steps["trpo/accepted"].mean(),
             }
+            bounded = {"TRPO": steps["trpo/kl"]}
+            x, title = np.arange(1, config.iterations + 1), f"TRPO: KL of each step, at most {one.config.max_kl:g}"
+            band_curves(FOLDER / "online_trpo_kl.png", bounded, x, "iteration", "KL of a token, nats", title)
         print(name, figures[name], flush=True)
     points = np.linspace(0, config.iterations, lines["GRPO" if "GRPO" in lines else next(iter(lines))].shape[1])
     title = f"Sums: {config.seeds} seeds each, mean and 95 % interval"

@@ -23,6 +23,19 @@ hypothesis.settings.register_profile("default", deadline=None, max_examples=25, 
 hypothesis.settings.load_profile("default")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def programs(tmp_path_factory):
+    """Keeps compiled programs for as long as the tests run: many tests start a run that another has compiled before.
+
+    Each worker has a folder of its own, so none reads what another has half written.
+    """
+    folder = str(tmp_path_factory.mktemp("programs"))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """Compiles without LLVM's optimizations, in half the time: for tests that compile a lot and compute little.

@@ -1,9 +1,9 @@
-"""A run that several tests start from, and programs that several runs share."""
+"""A run that several tests start from."""
 
 import pytest
 
 from jaxrl_llm.recipes.text import sft
-from tests.recipes.runs import TINY, sharing_programs, write_rows
+from tests.recipes.runs import TINY, write_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -12,18 +12,7 @@ def quick(quick_compilation):
 
 
 @pytest.fixture(scope="session")
-def programs(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("programs"))
-
-
-@pytest.fixture(scope="module")
-def shared_programs(programs):
-    with sharing_programs(programs):
-        yield
-
-
-@pytest.fixture(scope="session")
-def tuned(programs, tmp_path_factory):
+def tuned(tmp_path_factory):
     """Settings and figures of SFT on sums of two digits, with more held-out rows than a batch has."""
     folder = tmp_path_factory.mktemp("tuned")
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
@@ -41,5 +30,4 @@ def tuned(programs, tmp_path_factory):
         eval_steps=25,
         save_steps=40,
     )
-    with sharing_programs(programs):
-        return config, sft.run(config)
+    return config, sft.run(config)

@@ -1,6 +1,5 @@
 """What the tests of language recipes share: a tiny model, files of rows, and how runs are stopped and compared."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from jaxrl_llm.recipes import loop
@@ -77,25 +75,6 @@ def press_ctrl_c_after(monkeypatch, step):
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(loop.RunLogger, "log", log_and_press)
-
-
-CACHE = {"jax_persistent_cache_min_compile_time_secs": 0.1, "jax_persistent_cache_min_entry_size_bytes": 0}
-
-
-@contextlib.contextmanager
-def sharing_programs(folder):
-    """A resumed run, and a run on other data, have programs that were compiled before."""
-    settings = {"jax_compilation_cache_dir": folder, **CACHE}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def renamed(config, name, **changes):

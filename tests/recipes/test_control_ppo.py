@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tyro
 from gymnax.environments import environment, spaces
-from jax.experimental.compilation_cache import compilation_cache
 
 from jaxrl_llm.recipes.control import ppo, runner
 from jaxrl_llm.recipes.control.ppo import Config, init, learn, make_batch, train, update
@@ -55,14 +54,6 @@ def final_training_return(metrics):
     """Mean return of the episodes that ended in the last tenth of the updates, for each seed."""
     last = slice(-(metrics["episode/count"].shape[-1] // 10), None)
     return mean_over_episodes(metrics["episode/return_mean"][..., last], metrics["episode/count"][..., last])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_equal_programs_once(tmp_path_factory):
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

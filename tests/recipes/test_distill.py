@@ -14,13 +14,11 @@ from jaxrl_llm.recipes.text import distill, sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
 from tests.recipes.runs import TINY, assert_close_weights, assert_complete_folder, curve, renamed, write_rows
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 ROWS = [{"prompt": f"{a}+{b}=", "completion": "7" * (1 + b % 3)} for a in range(4) for b in range(6)]
 
 
 @pytest.fixture(scope="module")
-def teacher(programs):
+def teacher():
     """A model that says 7 or nothing more, whatever it reads: its last norm gives a constant, which its head reads."""
     model = load_model(ModelOptions(**TINY), jax.random.key(7))
     tokenizer = model.tokenizer

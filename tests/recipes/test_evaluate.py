@@ -16,8 +16,6 @@ from jaxrl_llm.recipes.text import evaluate, reward_model
 from jaxrl_llm.recipes.text.language_model import complete, load_model
 from tests.recipes.runs import TINY, words, write_rows
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

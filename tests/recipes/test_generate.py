@@ -9,8 +9,6 @@ from jaxrl_llm.recipes.text import generate
 from jaxrl_llm.recipes.text.language_model import complete, load_model
 from tests.recipes.runs import TINY
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 ALPHABET = "ab []/red\n# Instruction:Response"
 
 

@@ -31,8 +31,6 @@ from tests.recipes.runs import (
 )
 from tests.unchecked import unchecked
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 REWARDS = '''
 import jax.numpy as jnp
 

@@ -22,8 +22,6 @@ from tests.recipes.runs import (
     write_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):

@@ -22,8 +22,6 @@ from jaxrl_llm.recipes.text.offline import OfflineState, run_keys
 from jaxrl_llm.training import checkpoints, init_train_state
 from tests.recipes.runs import TINY, assert_same_run, curve, press_ctrl_c_after, renamed, write_rows
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 ROWS = [
     {"prompt": f"{a}+{b}=", "chosen": "7" * (1 + b % 2), "rejected": "3" * (1 + a)} for a in range(4) for b in range(6)
 ]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from jaxrl_llm.data import PromptExample, TokenBatch, character_tokenizer
 from jaxrl_llm.models import from_pretrained_reward_model, save_pretrained
@@ -99,8 +100,20 @@ def test_the_traced_reward_is_that_of_the_host(policy, folder, table, expected):
     np.testing.assert_allclose(totals[:, 0], expected, atol=1e-5)
     np.testing.assert_array_equal(totals[:, 1], [1, 0, 0, 0, 0, 0])
     module, params, _ = from_pretrained_reward_model(folder)
-    alone, _ = TracedRewards(policy, make_reward_model_reward(module, params))(table, np.arange(3), completions)
+    alone, _ = TracedRewards(policy, Partial(make_reward_model_reward(module, params)))(
+        table, np.arange(3), completions
+    )
     np.testing.assert_allclose(alone, expected, atol=1e-5)
+
+
+def test_the_parameters_of_a_traced_reward_model_are_no_constants_of_a_program_that_is_given_it(policy, folder, table):
+    completions, _ = completions_of(policy, TEXTS)
+    reward = load_traceable_reward([f"reward_model:{folder}"], [1], tokenizer=policy.tokenizer)
+    columns = {name: jnp.repeat(x, 2, axis=0) for name, x in table.batch(np.arange(3), policy.pad_id).columns.items()}
+    given = jax.make_jaxpr(lambda reward: reward(completions, columns))(reward)
+    closed_over = jax.make_jaxpr(lambda: reward(completions, columns))()
+    sizes = [sum(np.size(x) for x in program.consts) for program in (given, closed_over)]
+    assert sizes[1] - sizes[0] == sum(x.size for x in jax.tree.leaves(reward.functions[0].params)) > 1000
 
 
 def test_another_tokenizer_reads_the_text_and_an_eos_where_the_completion_ended(policy, folder, table, expected):

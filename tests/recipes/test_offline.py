@@ -33,8 +33,6 @@ from jaxrl_llm.recipes.text.offline import (
 from jaxrl_llm.reductions import row_weights, token_weights, weighted_sum
 from tests.recipes.runs import TINY, assert_same_run, curve, press_ctrl_c_after, renamed, write_rows
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 
 class Rows(NamedTuple):
     values: Any
@@ -94,7 +92,7 @@ def config(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def model(programs):
+def model():
     return load_model(ModelOptions(**TINY | {"n_positions": 1500}), jax.random.key(0))
 
 

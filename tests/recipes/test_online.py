@@ -20,8 +20,6 @@ from jaxrl_llm.rollouts import Completions
 from tests.recipes.runs import TINY, assert_same_run, curve, press_ctrl_c_after, write_rows
 from tests.unchecked import unchecked
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 RECIPES = {"grpo": grpo, "rloo": rloo, "reinforce": reinforce, "ppo": ppo, "trpo": trpo}
 
 
@@ -71,6 +69,8 @@ def test_each_method_learns_and_leaves_a_model(name, settings, folder):
     assert figures["eval_reward_before"] < 0.3
     assert figures["eval_reward"] == 1, [line.get("reward") for line in lines]
     assert lines[1]["sampling/sampling_logp_difference/max"] < 1e-4
+    read = [config.num_prompts * config.num_generations * (4 + line["completions/mean_length"]) for line in lines[1:]]
+    assert [line["num_tokens"] for line in lines[1:]] == pytest.approx(np.cumsum(read), rel=1e-6)  # prompts have 4
     _, params, _ = from_pretrained(figures["model"])
     assert jax.tree.structure(params) == jax.tree.structure(load_model(config, jax.random.key(0)).params)
     rows = [json.loads(line) for line in Path(config.output_dir, "samples.jsonl").read_text().splitlines()]

@@ -36,8 +36,6 @@ from jaxrl_llm.rewards import RewardError
 from jaxrl_llm.rollouts import Completions
 from tests.recipes.runs import TINY, assert_same_run, curve, renamed, write_rows
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 RECIPES = {"grpo": grpo, "rloo": rloo, "reinforce": reinforce, "ppo": ppo, "trpo": trpo}
 EOS = (1, 5)
 """`<eos>`, and a second one that ends completions as well: the character 2."""

@@ -22,8 +22,6 @@ from tests.recipes.runs import (
     write_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 TEXT = "".join(f"{a}+{b}={a + b}。\n" for a in range(10) for b in range(10))  # three bytes in each full stop
 
 

@@ -13,16 +13,12 @@ from jaxrl_llm.recipes.options import ModelOptions
 from jaxrl_llm.recipes.quickstart import Config
 from jaxrl_llm.recipes.text.language_model import complete, load_model, load_rows
 from jaxrl_llm.training.logging import read_metrics
-from tests.recipes.runs import sharing_programs
-
-pytestmark = pytest.mark.usefixtures("shared_programs")
 
 
 @pytest.fixture(scope="module")
-def finished(programs, tmp_path_factory):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart") / "run"
-    with sharing_programs(programs):
-        return folder, quickstart.run(Config(output_dir=str(folder), sft_steps=30, grpo_steps=2, ppo_timesteps=4096))
+    return folder, quickstart.run(Config(output_dir=str(folder), sft_steps=30, grpo_steps=2, ppo_timesteps=4096))
 
 
 def share_right(folder):

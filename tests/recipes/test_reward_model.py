@@ -24,8 +24,6 @@ from tests.recipes.runs import (
     write_rows,
 )
 
-pytestmark = pytest.mark.usefixtures("shared_programs")
-
 GOLDEN = Path(__file__).parents[1] / "golden" / "gpt2_reward"
 SETTINGS = {
     "eval_fraction": 0.25,

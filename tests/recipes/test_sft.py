@@ -40,8 +40,7 @@ from tests.recipes.runs import (
     words,
     write_rows,
 )
-
-pytestmark = pytest.mark.usefixtures("shared_programs")
+from tests.unchecked import unchecked
 
 EOS = "<|endoftext|>"
 FORMATS = {
@@ -299,7 +298,8 @@ def test_streaming_reads_and_tokenizes_no_row_before_its_turn_and_counts_rows_wi
     lines[second] = json.dumps({"prompt": "1+1="})
     path.write_text("\n".join(lines))
     config = renamed(plain[0], "counted", dataset=str(path), streaming=True, max_steps=3)
-    with pytest.raises(ValueError, match=rf"many.jsonl, line {second + 1}: field `completion` is missing"):
+    missing = rf"many.jsonl, line {second + 1}: field `completion` is missing"
+    with unchecked(), pytest.raises(ValueError, match=missing):  # the checks of types look into sequences
         sft.run(config)
     (before, after) = curve(config.output_dir)
     assert "num_rows_without_targets" not in before
@@ -368,14 +368,14 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
         dataset=write_rows(tmp_path / "sums.jsonl", rows),
         dropout=0.1,
         gradient_accumulation_steps=2,
-        max_steps=60,
+        max_steps=24,
         warmup_steps=5,
         logging_steps=1,
-        eval_steps=10,
-        save_steps=10,
+        eval_steps=8,
+        save_steps=8,
     )
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs, "JAX_PLATFORMS": "cpu"}
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    environment |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     environment.pop("XLA_FLAGS")
 
     def start(name, *more):
@@ -391,7 +391,7 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     # Kill it when it has done, and logged, more than its newest checkpoint holds.
-    while not (tmp_path / "killed/checkpoints/20").exists() or '"step": 23,' not in metrics.read_text():
+    while not (tmp_path / "killed/checkpoints/8").exists() or '"step": 11,' not in metrics.read_text():
         assert killed.poll() is None, killed.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -405,7 +405,7 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
     assert resumed.returncode == 0, output
     assert "another option" not in output[0]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert len(curve(tmp_path / "killed")) == 61
+    assert len(curve(tmp_path / "killed")) == 25
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_no_model(tuned, tmp_path, monkeypatch, capsys):
@@ -428,7 +428,7 @@ def test_chinese_goes_through_gpt2s_bpe_into_a_model_and_back(tmp_path, capsys):
         max_steps=30,
         warmup_steps=2,
         learning_rate=0.02,
-        per_device_train_batch_size=4,
+        per_device_train_batch_size=2,
         num_samples=0,
     )
     cli.main(["sft", *options])

@@ -49,8 +49,8 @@ def context_length(function: Callable[..., Any]) -> int | None:
     """Tells how many tokens the reward model behind a reward function reads; None for any other function."""
     if isinstance(function, RewardModelReward):
         return function.scorer.context_length
-    if isinstance(function, partial) and function.func is reward_model_scores:
-        return function.args[0].backbone.config.context_length
+    if isinstance(function, TokenReward):
+        return function.module.backbone.config.context_length
     return None
 
 
@@ -85,8 +85,8 @@ def reward_model_scores(
 def make_reward_model_reward(module: ScalarHead, params: Params) -> Callable[..., Float[Array, " rows"]]:
     """Makes a traceable reward, `reward(completions, columns) -> [rows]`, for an iteration that is one program.
 
-    The parameters become constants of the program that traces it: it holds a copy of them, which for a large model costs
-    memory and time to compile. The host reward does not.
+    The parameters become constants of a program that traces this function: it holds a copy of them, which for a large
+    model costs memory and time to compile. Those of a `TokenReward` that is an argument of the program do not.
 
     Args:
         module: The reward model, with the tokens of the policy.
@@ -104,7 +104,27 @@ def make_reward_model_reward(module: ScalarHead, params: Params) -> Callable[...
     return reward
 
 
-def load_token_reward(path: str, tokenizer: Tokenizer | None) -> Callable[..., Float[Array, " rows"]]:
+@partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["module"])
+@dataclasses.dataclass(frozen=True)
+class TokenReward:
+    """A traceable reward of token ids, and a pytree: its parameters can be an argument of a compiled program.
+
+    Attributes:
+        module: The reward model, with the tokens of the policy.
+        params: Its parameters.
+    """
+
+    module: ScalarHead
+    params: Params
+
+    def __call__(
+        self, prompt_ids: Array, prompt_mask: Array, completion_ids: Array, completion_mask: Array
+    ) -> Float[Array, " rows"]:
+        """Scores prompts with their completions, see `reward_model_scores`."""
+        return reward_model_scores(self.module, self.params, prompt_ids, prompt_mask, completion_ids, completion_mask)
+
+
+def load_token_reward(path: str, tokenizer: Tokenizer | None) -> TokenReward:
     """Loads a reward model as `reward(prompt_ids, prompt_mask, completion_ids, completion_mask)`, traceable.
 
     Args:
@@ -122,7 +142,7 @@ def load_token_reward(path: str, tokenizer: Tokenizer | None) -> Callable[..., F
             "score its ids. Do without traceable_rewards: then the text is tokenized anew."
         )
     assert isinstance(module, ScalarHead)
-    return partial(reward_model_scores, module, params)
+    return TokenReward(module, params)
 
 
 @dataclasses.dataclass(frozen=True)

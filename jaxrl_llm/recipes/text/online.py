@@ -76,6 +76,18 @@ class Parts(NamedTuple):
     rewards: HostRewards | TracedRewards
 
 
+class RunState(NamedTuple):
+    """What a run changes.
+
+    Attributes:
+        online: What iterations change.
+        num_tokens: Tokens of all completions so far, and of their prompts.
+    """
+
+    online: OnlineState
+    num_tokens: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FirstOrderOptions(OnlineOptions, OptimizerOptions):
     """Settings of an online run whose updates follow the gradient."""
@@ -159,19 +171,22 @@ def run_online(
     held_out_reward = make_evaluation(parts, method, config)
     last: dict[str, Rollout] = {}
 
-    def update(state: OnlineState, index: int) -> tuple[OnlineState, dict[str, Any]]:
+    def update(state: RunState, index: int) -> tuple[RunState, dict[str, Any]]:
         indices = batch_indices(len(train.tokens), config.num_prompts, seed=config.seed, step=index)
-        state, metrics, last["rollout"] = iterate(state, indices, train_key, ref_params, frozen)
+        online, metrics, rollout = iterate(state.online, indices, train_key, ref_params, frozen)
+        last["rollout"] = rollout
+        num_tokens = state.num_tokens + int(rollout.prompt_mask.sum() + rollout.completions.mask.sum())
+        metrics = metrics | {"num_tokens": num_tokens}
         if schedule is not None:
             metrics = metrics | {"learning_rate": schedule(index * config.updates_per_step)}
-        return state, metrics
+        return RunState(online, num_tokens), metrics
 
-    def evaluate(state: OnlineState) -> dict[str, Any]:
-        return {"eval_reward": known.pop() if known else held_out_reward(state.train.params, frozen, eval_key)}
+    def evaluate(state: RunState) -> dict[str, Any]:
+        return {"eval_reward": known.pop() if known else held_out_reward(state.online.train.params, frozen, eval_key)}
 
-    start = start_state(method, method.start(start_key, trained), optimizer)
+    start = RunState(start_state(method, method.start(start_key, trained), optimizer))
     # Before the run leaves anything behind: a reward that does not work is found here.
-    known = [] if config.resume else [held_out_reward(start.train.params, frozen, eval_key)]
+    known = [] if config.resume else [held_out_reward(start.online.train.params, frozen, eval_key)]
     state, complete_run = training_loop(
         config,
         start,
@@ -187,7 +202,7 @@ def run_online(
     figures["eval_reward"] = lines[-1]["eval_reward"] if complete_run else evaluate(state)["eval_reward"]
     if complete_run:
         figures["model"] = str(Path(config.output_dir) / "model")
-        params = join_trainable(method.policy_params(state.train.params), frozen)
+        params = join_trainable(method.policy_params(state.online.train.params), frozen)
         save_model(Path(figures["model"]), model, params)
     facts("Result", figures)
     return figures
@@ -244,14 +259,18 @@ def compile_iteration(
     ids = {"eos_ids": model.eos_ids, "pad_id": model.pad_id}
     if isinstance(rewards, TracedRewards):
 
-        @partial(jax.jit, donate_argnums=0)
-        def whole(state, prompts, key, ref_params, frozen):
+        @partial(jax.jit, donate_argnums=1)
+        def whole(reward, state, prompts, key, ref_params, frozen):
             policy = bind(model, frozen, config)
-            iteration = make_iteration(policy, optimizer, method, rewards.reward, config, **ids)
+            iteration = make_iteration(policy, optimizer, method, reward, config, **ids)
             state, metrics, rollout = iteration(state, prompts, key, ref_params)
             return state, metrics | function_metrics(config.reward_funcs, rollout.rewards), rollout
 
-        return lambda state, indices, *rest: whole(state, train.batch(indices, model.pad_id), *rest)
+        def iterate_whole(state, indices, key, ref_params, frozen):
+            prompts = train.batch(indices, model.pad_id)
+            return whole(rewards.reward, state, prompts, key, ref_params, frozen)
+
+        return iterate_whole
 
     @jax.jit
     def sample(params, key, prompts, frozen):

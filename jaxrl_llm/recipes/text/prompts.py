@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -90,16 +91,19 @@ def plain_prompt(prompt: Any) -> Any:
     return prompt if isinstance(prompt, str) else "\n".join(filter(None, (prompt.instruction, prompt.input)))
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["functions"], meta_fields=["names", "eos_ids"])
 @dataclasses.dataclass(frozen=True)
 class JoinedReward:
     """Traceable functions `reward(completion_ids, completion_mask, **columns) -> [rows]` as one, `[rows, functions]`.
+
+    A pytree: as an argument of a compiled program it brings the parameters of its functions.
 
     Each is given the arguments that it names (`eos_id`, `prompt_ids` and `prompt_mask` among them), or all if it takes
     `**columns`. What is not finite counts as NaN: the function does not apply there.
 
     Attributes:
         names: Of the functions, for messages.
-        functions: The functions.
+        functions: The functions; pytrees, as `jax.tree_util.Partial` makes them of plain ones.
         eos_ids: The tokens that end a completion. A function is given one as the number `eos_id`, several as an array.
     """
 
@@ -162,7 +166,7 @@ def function_metrics(names: Sequence[str], rewards: Float[Array, "rows functions
 
 def _load_traceable(name: str, tokenizer: Tokenizer | None) -> Callable:
     if not name.startswith(model_rewards.PREFIX):
-        return load_reward(name)
+        return jax.tree_util.Partial(load_reward(name))
     return model_rewards.load_token_reward(name.removeprefix(model_rewards.PREFIX), tokenizer)
 
 
@@ -271,7 +275,12 @@ def reward_contexts(rewards: "HostRewards | TracedRewards") -> list[int]:
 
 
 class TracedRewards(NamedTuple):
-    """A traceable reward, called outside the iteration, as an evaluation does."""
+    """A traceable reward, called outside the iteration, as an evaluation does.
+
+    Attributes:
+        model: The policy.
+        reward: A pytree that can be called, such as `JoinedReward`, or what `jax.tree_util.Partial` makes of a function.
+    """
 
     model: LanguageModel
     reward: TraceableReward
@@ -283,4 +292,9 @@ class TracedRewards(NamedTuple):
         columns = table.batch(indices, self.model.pad_id).columns
         times = completions.ids.shape[0] // len(indices)
         repeated = {name: jnp.repeat(values, times, axis=0) for name, values in columns.items()}
-        return jax.jit(self.reward)(completions, repeated), {}
+        return _call(self.reward, completions, repeated), {}
+
+
+@jax.jit
+def _call(reward: TraceableReward, completions: Completions, columns: Columns) -> Float[Array, "rows *functions"]:
+    return reward(completions, columns)
