@@ -1,17 +1,21 @@
 """GRPO, RLOO, REINFORCE, PPO and TRPO on the same sums, from the same model, with equally many completions.
 
+    python -m benchmarks.online_methods tune               # three step sizes for each method, on a seed of its own
     python -m benchmarks.online_methods compare            # accuracy, KL, time and memory of each; 5 seeds in one launch
     python -m benchmarks.online_methods seeds              # GRPO: 8 seeds as one program, with their confidence band
     python -m benchmarks.online_methods sweep              # GRPO: 4 learning rates × 3 values of beta as one program
 
 Task: sums of three one-digit numbers with plus and minus (4,000 of them, 512 held out), a two-layer GPT-2 of width 64 that
 SFT has taught a little. The reward is 1 for the right answer, else 0, and is computed in the program, so a whole
-iteration is one pure function: here it is scanned over iterations and vmapped over seeds.
+iteration is one pure function: here it is scanned over iterations and vmapped over seeds, or over step sizes.
+
+`compare` keeps what each method gave in `--runs`, so that one that was stopped, or has other settings now, is run alone.
 """
 
 import dataclasses
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +65,7 @@ class Config:
     """What to run."""
 
     run: tyro.conf.Positional[str]
-    """`compare`, `seeds` or `sweep`."""
+    """`tune`, `compare`, `seeds` or `sweep`."""
     runs: Path = Path("runs")
     """Folder for the model of the start."""
     iterations: int = 200
@@ -72,40 +76,54 @@ class Config:
     """Methods to compare."""
 
 
+STEP_SIZES = {"grpo": 3e-4, "rloo": 3e-4, "reinforce": 3e-4, "ppo": 1e-4, "trpo": 0.01}
+"""The best of each method's `GRIDS`: its learning rate, which rises and falls back to 0, or TRPO's constant `max_kl`."""
+GRIDS = {
+    "grpo": (1e-4, 3e-4, 1e-3),
+    "rloo": (1e-4, 3e-4, 1e-3),
+    "reinforce": (1e-4, 3e-4, 1e-3),
+    "ppo": (3e-5, 1e-4, 3e-4),
+    "trpo": (0.003, 0.01, 0.03),
+}
+TUNING_SEED = 100
+
+
 class Contender(NamedTuple):
     """A method with its settings.
 
     Attributes:
         config: Settings of the recipe.
         make_method: `make_method(model, config)`.
-        optimizer: Makes the updates.
-        needs_reference: Whether it compares with the model of the start.
+        make_optimizer: `make_optimizer(config)`: what makes the updates.
+        step_size: Name of the setting that says how far an update goes.
     """
 
     config: Any
     make_method: Callable[[LanguageModel, Any], Method]
-    optimizer: optax.GradientTransformation
-    needs_reference: bool
+    make_optimizer: Callable[[Any], optax.GradientTransformation]
+    step_size: str = "learning_rate"
 
 
 def contender(name: str, model: str, iterations: int) -> Contender:
     """Makes a contender: one update for each iteration, but four of PPO, two passes over two mini-batches."""
     common = COMMON | {"model": model, "max_steps": iterations}
-    falling = {"lr_scheduler_type": "linear", "warmup_steps": min(30, iterations // 4)}
     if name == "trpo":
-        config = trpo.Config(**common, max_kl=0.01)
-        return Contender(config, lambda model, config: trpo.make_method(config), trpo.make_optimizer(config), False)
-    config: Any = {
-        "grpo": lambda: grpo.Config(**common, **falling, learning_rate=1e-3),
-        "rloo": lambda: rloo.Config(**common, **falling, learning_rate=1e-3, beta=0.0),
-        "reinforce": lambda: reinforce.Config(**common, **falling, learning_rate=1e-3),
-        "ppo": lambda: ppo.Config(
-            **common, **falling, learning_rate=1e-3, kl_coef=0.0, num_iterations=2, num_minibatches=2, vf_coef=0.5
-        ),
-    }[name]()
-    recipe = {"grpo": grpo, "rloo": rloo, "reinforce": reinforce, "ppo": ppo}[name]
+        config = trpo.Config(**common, max_kl=STEP_SIZES[name])
+        return Contender(config, lambda model, config: trpo.make_method(config), trpo.make_optimizer, "max_kl")
+    common |= {
+        "learning_rate": STEP_SIZES[name],
+        "lr_scheduler_type": "linear",
+        "warmup_steps": min(30, iterations // 4),
+    }
+    recipe, own = {
+        "grpo": (grpo, {}),
+        "rloo": (rloo, {"beta": 0.0}),
+        "reinforce": (reinforce, {}),
+        "ppo": (ppo, {"kl_coef": 0.0, "num_iterations": 2, "num_minibatches": 2, "vf_coef": 0.5}),
+    }[name]
+    config = recipe.Config(**common, **own)
     make = recipe.make_method if name == "ppo" else lambda model, config: recipe.make_method(config)
-    return Contender(config, make, config.optimizer(iterations * config.updates_per_step), False)
+    return Contender(config, make, lambda config: config.optimizer(iterations * config.updates_per_step))
 
 
 def teach(config: Config) -> str:
@@ -133,10 +151,10 @@ class Program(NamedTuple):
     iteration: Callable[..., Any]
 
 
-def make_program(parts: Parts, one: Contender, config: Any = None, optimizer: Any = None) -> Program:
-    """Puts a run together; numbers of the config and of the optimizer may be traced."""
-    config, optimizer = config or one.config, optimizer or one.optimizer
-    model, method = parts.model, one.make_method(parts.model, one.config if config is None else config)
+def make_program(parts: Parts, one: Contender, *, compares: bool = False) -> Program:
+    """Puts a run together; numbers of its config may be traced. `compares`: with the model of the start, for beta."""
+    config, optimizer = one.config, one.make_optimizer(one.config)
+    model, method = parts.model, one.make_method(parts.model, config)
     policy = Policy(model.apply, model.head_kernel)
     ids = {"eos_ids": model.eos_ids, "pad_id": model.pad_id}
     everything = parts.train.batch(np.arange(len(parts.train.tokens)), model.pad_id)
@@ -146,7 +164,7 @@ def make_program(parts: Parts, one: Contender, config: Any = None, optimizer: An
 
     def iteration(state: OnlineState, indices: jax.Array, key: Key):
         prompts = jax.tree.map(lambda x: x[indices], everything)
-        state, metrics, _ = whole(state, prompts, key, reference if one.needs_reference else None)
+        state, metrics, _ = whole(state, prompts, key, reference if compares else None)
         return state, metrics
 
     def train(state: OnlineState, indices: jax.Array, key: Key):
@@ -172,22 +190,22 @@ def make_program(parts: Parts, one: Contender, config: Any = None, optimizer: An
     return Program(start, train, measure, iteration)
 
 
-def orders(parts: Parts, iterations: int, seeds: int) -> np.ndarray:
+def orders(parts: Parts, iterations: int, seeds: Sequence[int]) -> np.ndarray:
     """Makes the indices of prompts, [iterations, seeds, prompts]: every seed has an order of its own."""
     count, size = len(parts.train.tokens), COMMON["num_prompts"]
-    return np.array([[batch_indices(count, size, seed=s, step=i) for s in range(seeds)] for i in range(iterations)])
+    return np.array([[batch_indices(count, size, seed=s, step=i) for s in seeds] for i in range(iterations)])
 
 
 def learn(parts: Parts, program: Program, config: Config, *, every: int = 10) -> dict[str, Any]:
     """Runs all seeds as one program; returns accuracy and KL [seeds, points], and how long it took."""
+    if config.iterations % every:
+        raise SystemExit(f"--iterations must be a multiple of {every}, got {config.iterations}.")
     states = jax.tree.map(lambda x: jnp.stack([x] * config.seeds), program.start)
     keys = jax.vmap(jax.random.key)(jnp.arange(config.seeds))
-    indices = orders(parts, config.iterations, config.seeds)
+    indices = orders(parts, config.iterations, range(config.seeds))
     train = jax.jit(jax.vmap(program.train, in_axes=(0, 1, 0)), donate_argnums=0)
     measure = jax.jit(jax.vmap(program.measure, in_axes=(0, None)))
     measured, logs, seconds = [measure(states.train.params, jax.random.key(7))], [], []
-    if config.iterations % every:
-        raise SystemExit(f"--iterations must be a multiple of {every}, got {config.iterations}.")
     for begin in range(0, config.iterations, every):
         started = time.perf_counter()
         states, metrics = jax.block_until_ready(train(states, indices[begin : begin + every], keys))
@@ -207,7 +225,7 @@ def learn(parts: Parts, program: Program, config: Config, *, every: int = 10) ->
 
 def single_run_cost(parts: Parts, program: Program) -> dict[str, float]:
     """Measures one run alone: seconds of an iteration (median of 9), and the bytes that its program needs."""
-    indices, key = orders(parts, 1, 1)[0, 0], jax.random.key(0)
+    indices, key = orders(parts, 1, [0])[0, 0], jax.random.key(0)
     compiled = jax.jit(program.iteration, donate_argnums=0).lower(program.start, indices, key).compile()
     memory = compiled.memory_analysis()
     state, times = jax.tree.map(jnp.copy, program.start), []
@@ -237,44 +255,84 @@ def falls(accuracy: np.ndarray) -> dict[str, float]:
     return {"share_of_intervals_that_fell": (np.diff(accuracy) < 0).mean(), "deepest_fall": below_best.max()}
 
 
-def run_compare(config: Config) -> dict[str, Any]:
-    """Runs every method."""
+def run_tune(config: Config) -> dict[str, Any]:
+    """Runs every method with each of its step sizes, on one seed; returns the greedy share right."""
     model = teach(config)
-    figures: dict[str, Any] = {"completions": config.iterations * COMMON["num_prompts"] * COMMON["num_generations"]}
-    lines: dict[str, np.ndarray] = {}
+    figures: dict[str, Any] = {}
+    for name in config.methods:
+        one = contender(name, model, config.iterations)
+        measured = train_each(one, config, TUNING_SEED, **{one.step_size: GRIDS[name]})
+        figures[name] = {f"{one.step_size}={size:g}": right for size, (right, _) in measured.items()}
+        print(name, figures[name], flush=True)
+    return figures
+
+
+def train_each(one: Contender, config: Config, seed: int, **grid: Sequence[float]) -> dict[Any, tuple[float, float]]:
+    """Trains with each value of some settings, all in one program; returns {value: (greedy share right, KL)}.
+
+    A value is a number, or a tuple where there are several settings.
+    """
+    parts = load_parts(one.config, jax.random.key(0))
+    indices, key = jnp.asarray(orders(parts, config.iterations, [seed])[:, 0]), jax.random.key(seed)
+
+    def trained(*values: jax.Array):
+        settings = dataclasses.replace(one.config, **dict(zip(grid, values, strict=True)))
+        program = make_program(parts, one._replace(config=settings), compares="beta" in grid)
+        state, _ = program.train(program.start, indices, key)
+        return program.measure(state.train.params, jax.random.key(7))
+
+    accuracy, kl = jax.jit(jax.vmap(trained))(*map(jnp.array, grid.values()))
+    values = zip(*grid.values(), strict=True) if len(grid) > 1 else next(iter(grid.values()))
+    return dict(zip(values, zip(accuracy.tolist(), kl.tolist(), strict=True), strict=True))
+
+
+def measure_method(name: str, model: str, config: Config) -> dict[str, Any]:
+    """Runs one method with all seeds; returns its figures, and its curves by name."""
+    one = contender(name, model, config.iterations)
+    parts = load_parts(one.config, jax.random.key(0))
+    program = make_program(parts, one)
+    result = learn(parts, program, config)
+    figures = {
+        one.step_size: getattr(one.config, one.step_size),
+        "accuracy_before": result["accuracy"][:, 0].mean(),
+        "accuracy": spread(result["accuracy"][:, -1]),
+        "kl": spread(result["kl"][:, -1]),
+        **falls(result["accuracy"]),
+        **single_run_cost(parts, program),
+        "seconds_per_iteration_of_all_seeds": result["seconds"],
+    }
+    curves = {"accuracy": result["accuracy"], "kl": result["kl"]}
+    if name == "trpo":
+        steps = result["metrics"]
+        figures |= {"largest_kl_of_a_step": steps["trpo/kl"].max(), "steps_accepted": steps["trpo/accepted"].mean()}
+        curves["kl_of_steps"] = steps["trpo/kl"]
+    return {"figures": figures, "curves": curves}
+
+
+def run_compare(config: Config) -> dict[str, Any]:
+    """Runs every method that has not been run with these settings."""
+    model, results = teach(config), {}
     for name in config.methods:
         print(name, flush=True)
-        one = contender(name, model, config.iterations)
-        parts = load_parts(one.config, jax.random.key(0))
-        program = make_program(parts, one)
-        result = learn(parts, program, config)
-        lines[name.upper()] = result["accuracy"]
-        figures[name] = {
-            "accuracy_before": result["accuracy"][:, 0].mean(),
-            "accuracy": spread(result["accuracy"][:, -1]),
-            "kl": spread(result["kl"][:, -1]),
-            **falls(result["accuracy"]),
-            **single_run_cost(parts, program),
-            "seconds_per_iteration_of_all_seeds": result["seconds"],
-        }
-        if name == "trpo":
-            steps = result["metrics"]
-            figures[name] |= {
-                "largest_kl_of_a_step": steps["trpo/kl"].max(),
-                "kl_of_steps": steps["trpo/kl"].mean(axis=0)[::10],
-                "max_kl": one.config.max_kl,
-                "steps_accepted": steps["trpo/accepted"].mean(),
-            }
-            bounded = {"TRPO": steps["trpo/kl"]}
-            x, title = np.arange(1, config.iterations + 1), f"TRPO: KL of each step, at most {one.config.max_kl:g}"
-            band_curves(FOLDER / "online_trpo_kl.png", bounded, x, "iteration", "KL of a token, nats", title)
-        print(name, figures[name], flush=True)
-    points = np.linspace(0, config.iterations, lines["GRPO" if "GRPO" in lines else next(iter(lines))].shape[1])
-    title = f"Sums: {config.seeds} seeds each, mean and 95 % interval"
-    band_curves(
-        FOLDER / "online_methods.png", lines, points, "iteration (512 completions)", "held-out sums right", title
-    )
-    return figures
+        settings = f"{contender(name, model, config.iterations).config}, {config.seeds} seeds"
+        kept = config.runs / f"online_methods/{name}.json"
+        result = json.loads(kept.read_text()) if kept.is_file() else {}
+        if result.get("settings") != settings:
+            result = {"settings": settings, **measure_method(name, model, config)}
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(result, default=lambda x: x.tolist()))
+        results[name] = result
+        print(name, result["figures"], flush=True)
+    lines = {name.upper(): np.array(result["curves"]["accuracy"]) for name, result in results.items()}
+    points = np.linspace(0, config.iterations, next(iter(lines.values())).shape[1])
+    title, iteration = f"Sums: {config.seeds} seeds each, mean and 95 % interval", "iteration (512 completions)"
+    band_curves(FOLDER / "online_methods.png", lines, points, iteration, "held-out sums right", title)
+    if "trpo" in results:
+        steps, bound = np.array(results["trpo"]["curves"]["kl_of_steps"]), results["trpo"]["figures"]["max_kl"]
+        x, title = np.arange(1, config.iterations + 1), f"TRPO: KL of each step, at most {bound:g}"
+        band_curves(FOLDER / "online_trpo_kl.png", {"TRPO": steps}, x, iteration, "KL of a token, nats", title)
+    completions = config.iterations * COMMON["num_prompts"] * COMMON["num_generations"]
+    return {"completions": completions} | {name: result["figures"] for name, result in results.items()}
 
 
 def run_seeds(config: Config) -> dict[str, Any]:
@@ -297,23 +355,13 @@ def run_seeds(config: Config) -> dict[str, Any]:
 def run_sweep(config: Config) -> dict[str, Any]:
     """GRPO over learning rates and values of beta as one program."""
     one = contender("grpo", teach(config), config.iterations)
-    parts = load_parts(one.config, jax.random.key(0))
-    grid = [(lr, beta) for lr in (3e-4, 1e-3, 2e-3, 4e-3) for beta in (0.0, 0.04, 0.2)]
-    indices, keys = orders(parts, config.iterations, 1)[:, 0], jax.random.key(0)
-
-    def trained(learning_rate: jax.Array, beta: jax.Array):
-        settings = dataclasses.replace(one.config, learning_rate=learning_rate, beta=beta)
-        updates = settings.optimizer(config.iterations)
-        program = make_program(parts, one._replace(needs_reference=True), settings, updates)
-        state, _ = program.train(program.start, indices, keys)
-        return program.measure(state.train.params, jax.random.key(7))
-
-    accuracy, kl = jax.jit(jax.vmap(trained))(*map(jnp.array, zip(*grid, strict=True)))
-    cells = zip(grid, np.asarray(accuracy), np.asarray(kl), strict=True)
-    return {f"lr={lr:g} beta={beta:g}": {"accuracy": right, "kl": nats} for (lr, beta), right, nats in cells}
+    rates, betas = (1e-4, 3e-4, 1e-3, 2e-3), (0.0, 0.04, 0.2)
+    grid = {"learning_rate": [r for r in rates for _ in betas], "beta": [b for _ in rates for b in betas]}
+    measured = train_each(one, config, 0, **grid)
+    return {f"lr={lr:g} beta={beta:g}": {"accuracy": a, "kl": kl} for (lr, beta), (a, kl) in measured.items()}
 
 
-RUNS = {"compare": run_compare, "seeds": run_seeds, "sweep": run_sweep}
+RUNS = {"tune": run_tune, "compare": run_compare, "seeds": run_seeds, "sweep": run_sweep}
 
 
 def main() -> None:

@@ -417,7 +417,8 @@ def test_a_process_that_is_killed_leaves_a_run_that_resumes_bit_for_bit(name, ph
     config = renamed(whole(name), phase)
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": programs}
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
-    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # as `quick_compilation` does here
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # this and the next as `quick_compilation` does here
+    environment["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     command = [sys.executable, "-c", KILLED, name, phase, "4", json.dumps(dataclasses.asdict(config))]
     killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr

@@ -11,6 +11,8 @@ import pytest
 from jaxrl_llm.models import from_pretrained, head_kernel
 from jaxrl_llm.rollouts import generate, score_completions, score_tokens
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 EOS = (2, 3, 5, 8, 13, 21, 34, 55)
 

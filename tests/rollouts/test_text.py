@@ -14,6 +14,8 @@ from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.rollouts import Completions, generate
 from jaxrl_llm.types import KVCache
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 EOS_GOLDEN = (2, 3, 5, 8, 13, 21, 34, 55)
 """Tokens that torch's greedy continuations do not have, and that sampled ones often do."""
