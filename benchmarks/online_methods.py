@@ -77,7 +77,7 @@ class Config:
 
 
 STEP_SIZES = {"grpo": 3e-4, "rloo": 3e-4, "reinforce": 3e-4, "ppo": 1e-4, "trpo": 0.01}
-"""From each method's `GRIDS`: its learning rate, which rises and falls back to 0, or TRPO's constant `max_kl`. Not tuned yet."""
+"""One of each method's `GRIDS`, not tuned yet: the peak of its learning rate, or TRPO's constant `max_kl`."""
 GRIDS = {
     "grpo": (1e-4, 3e-4, 1e-3),
     "rloo": (1e-4, 3e-4, 1e-3),

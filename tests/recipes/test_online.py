@@ -92,7 +92,7 @@ def test_each_method_learns_and_leaves_a_model(name, settings, folder):
         assert lines[1]["objective/kl_coef"] != lines[-1]["objective/kl_coef"]
 
 
-@pytest.mark.parametrize("name", ["grpo", pytest.param("trpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["grpo", "trpo"])
 def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     changes = {"lora": True, "target_modules": ("all-linear",), "output_dir": str(folder / f"lora-{name}")}
     changes |= {"max_kl": 0.3, "max_steps": 24} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
@@ -100,7 +100,7 @@ def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     figures = RECIPES[name].run(config)
     lines = curve(config.output_dir)
     assert figures["eval_reward_before"] < 0.3
-    assert figures["eval_reward"] > 0.8
+    assert figures["eval_reward"] == 1 if name == "grpo" else figures["eval_reward"] > 0.8
     if name == "trpo":
         assert 0 < max(line["trpo/kl"] for line in lines[1:]) <= config.max_kl
     if name == "grpo":  # The reference is the base without adapters.
@@ -111,7 +111,6 @@ def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     assert Path(config.output_dir, "adapter.safetensors").is_file()
 
 
-@pytest.mark.slow
 def test_ppo_stopped_by_ctrl_c_resumes_bit_for_bit(settings, folder, monkeypatch):
     whole = config_of(
         "ppo", settings, folder, output_dir=str(folder / "whole"), max_steps=6, save_steps=2, eval_steps=3

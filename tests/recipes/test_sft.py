@@ -368,7 +368,7 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
         dataset=write_rows(tmp_path / "sums.jsonl", rows),
         dropout=0.1,
         gradient_accumulation_steps=2,
-        max_steps=24,
+        max_steps=40,
         warmup_steps=5,
         logging_steps=1,
         eval_steps=8,
@@ -405,7 +405,7 @@ def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
     assert resumed.returncode == 0, output
     assert "another option" not in output[0]
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
-    assert len(curve(tmp_path / "killed")) == 25
+    assert len(curve(tmp_path / "killed")) == 41
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_no_model(tuned, tmp_path, monkeypatch, capsys):

@@ -88,9 +88,9 @@ FORMS = {
     "micro-batches": (on_one_device, {"num_microbatches": 4}),
     "pmap": (by_pmap, MAPPED),
     "shard_map of micro-batches": (by_shard_map, MAPPED | {"num_microbatches": 2}),
+    "sharded arguments": (by_sharded_arguments, {}),
 }
 OTHER_FORMS = {
-    "sharded arguments": (by_sharded_arguments, {}),
     "pmap of micro-batches": (by_pmap, MAPPED | {"num_microbatches": 2}),
     "shard_map": (by_shard_map, MAPPED),
     "unchecked shard_map": (functools.partial(by_shard_map, check_vma=False), MAPPED),

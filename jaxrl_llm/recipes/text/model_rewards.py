@@ -82,28 +82,6 @@ def reward_model_scores(
     return jax.lax.stop_gradient(text_rewards(module, params, TokenBatch(tokens, mask, mask)))  # pyright: ignore
 
 
-def make_reward_model_reward(module: ScalarHead, params: Params) -> Callable[..., Float[Array, " rows"]]:
-    """Makes a traceable reward, `reward(completions, columns) -> [rows]`, for an iteration that is one program.
-
-    The parameters become constants of a program that traces this function: it holds a copy of them, which for a large
-    model costs memory and time to compile. Those of a `TokenReward` that is an argument of the program do not.
-
-    Args:
-        module: The reward model, with the tokens of the policy.
-        params: Its parameters.
-
-    Returns:
-        The reward. Columns must hold `prompt_ids` and `prompt_mask`, one row for each completion, as `PromptTable.batch`
-        gives them.
-    """
-
-    def reward(completions: Any, columns: Any) -> Float[Array, " rows"]:
-        prompts = columns["prompt_ids"], columns["prompt_mask"]
-        return reward_model_scores(module, params, *prompts, completions.ids, completions.mask)
-
-    return reward
-
-
 @partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["module"])
 @dataclasses.dataclass(frozen=True)
 class TokenReward:
