@@ -95,12 +95,12 @@ def test_each_method_learns_and_leaves_a_model(name, settings, folder):
 @pytest.mark.parametrize("name", ["grpo", "trpo"])
 def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     changes = {"lora": True, "target_modules": ("all-linear",), "output_dir": str(folder / f"lora-{name}")}
-    changes |= {"max_kl": 0.3, "max_steps": 24} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
+    changes |= {"max_kl": 0.3, "max_steps": 40} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
     config = config_of(name, settings, folder, **changes)
     figures = RECIPES[name].run(config)
     lines = curve(config.output_dir)
     assert figures["eval_reward_before"] < 0.3
-    assert figures["eval_reward"] == 1 if name == "grpo" else figures["eval_reward"] > 0.8
+    assert figures["eval_reward"] == 1, [line.get("eval_reward") for line in lines]
     if name == "trpo":
         assert 0 < max(line["trpo/kl"] for line in lines[1:]) <= config.max_kl
     if name == "grpo":  # The reference is the base without adapters.
