@@ -9,10 +9,12 @@ Task: sums of three one-digit numbers with plus and minus (4,000 of them, 512 he
 SFT has taught a little. The reward is 1 for the right answer, else 0, and is computed in the program, so a whole
 iteration is one pure function: here it is scanned over iterations and vmapped over seeds, or over step sizes.
 
-`compare` keeps what each method gave in `--runs`, so that one that was stopped, or has other settings now, is run alone.
+What each method gave is kept in `--runs`: one that was stopped, or has other settings now, is run alone. Time and memory
+are measured anew, one run of each method after the other.
 """
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -108,7 +110,7 @@ def contender(name: str, model: str, iterations: int) -> Contender:
     """Makes a contender: one update for each iteration, but four of PPO, two passes over two mini-batches."""
     common = COMMON | {"model": model, "max_steps": iterations}
     if name == "trpo":
-        config = trpo.Config(**common, max_kl=STEP_SIZES[name])
+        config = trpo.Config(**common, max_kl=STEP_SIZES[name], fisher_every=5)
         return Contender(config, lambda model, config: trpo.make_method(config), trpo.make_optimizer, "max_kl")
     common |= {
         "learning_rate": STEP_SIZES[name],
@@ -261,10 +263,25 @@ def run_tune(config: Config) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name in config.methods:
         one = contender(name, model, config.iterations)
-        measured = train_each(one, config, TUNING_SEED, **{one.step_size: GRIDS[name]})
-        figures[name] = {f"{one.step_size}={size:g}": right for size, (right, _) in measured.items()}
+
+        def tune(name: str = name, one: Contender = one) -> dict[str, float]:
+            measured = train_each(one, config, TUNING_SEED, **{one.step_size: GRIDS[name]})
+            return {f"{one.step_size}={size:g}": right for size, (right, _) in measured.items()}
+
+        untuned = dataclasses.replace(one.config, **{one.step_size: 0.0})
+        figures[name] = keep(config.runs / f"online_tune/{name}.json", f"{untuned}, {GRIDS[name]}", tune)
         print(name, figures[name], flush=True)
-    return figures
+    return {"iterations": config.iterations} | figures
+
+
+def keep(file: Path, settings: str, run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Returns what `file` holds of a run with these settings; runs it, and keeps what it gave, if there is none."""
+    held = json.loads(file.read_text()) if file.is_file() else {}
+    if held.get("settings") != settings:
+        held = {"settings": settings, "result": run()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(held, default=lambda x: x.tolist()))
+    return held["result"]
 
 
 def train_each(one: Contender, config: Config, seed: int, **grid: Sequence[float]) -> dict[Any, tuple[float, float]]:
@@ -286,20 +303,17 @@ def train_each(one: Contender, config: Config, seed: int, **grid: Sequence[float
     return dict(zip(values, zip(accuracy.tolist(), kl.tolist(), strict=True), strict=True))
 
 
-def measure_method(name: str, model: str, config: Config) -> dict[str, Any]:
+def run_method(name: str, model: str, config: Config) -> dict[str, Any]:
     """Runs one method with all seeds; returns its figures, and its curves by name."""
     one = contender(name, model, config.iterations)
     parts = load_parts(one.config, jax.random.key(0))
-    program = make_program(parts, one)
-    result = learn(parts, program, config)
+    result = learn(parts, make_program(parts, one), config)
     figures = {
         one.step_size: getattr(one.config, one.step_size),
         "accuracy_before": result["accuracy"][:, 0].mean(),
         "accuracy": spread(result["accuracy"][:, -1]),
         "kl": spread(result["kl"][:, -1]),
         **falls(result["accuracy"]),
-        **single_run_cost(parts, program),
-        "seconds_per_iteration_of_all_seeds": result["seconds"],
     }
     curves = {"accuracy": result["accuracy"], "kl": result["kl"]}
     if name == "trpo":
@@ -310,19 +324,19 @@ def measure_method(name: str, model: str, config: Config) -> dict[str, Any]:
 
 
 def run_compare(config: Config) -> dict[str, Any]:
-    """Runs every method that has not been run with these settings."""
-    model, results = teach(config), {}
+    """Runs every method that has not been run with these settings; then measures what each costs."""
+    model, results, costs = teach(config), {}, {}
     for name in config.methods:
         print(name, flush=True)
         settings = f"{contender(name, model, config.iterations).config}, {config.seeds} seeds"
-        kept = config.runs / f"online_methods/{name}.json"
-        result = json.loads(kept.read_text()) if kept.is_file() else {}
-        if result.get("settings") != settings:
-            result = {"settings": settings, **measure_method(name, model, config)}
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_text(json.dumps(result, default=lambda x: x.tolist()))
-        results[name] = result
-        print(name, result["figures"], flush=True)
+        run = functools.partial(run_method, name, model, config)
+        results[name] = keep(config.runs / f"online_methods/{name}.json", settings, run)
+        print(name, results[name]["figures"], flush=True)
+    for name in config.methods:
+        one = contender(name, model, config.iterations)
+        parts = load_parts(one.config, jax.random.key(0))
+        costs[name] = single_run_cost(parts, make_program(parts, one))
+        print(name, costs[name], flush=True)
     lines = {name.upper(): np.array(result["curves"]["accuracy"]) for name, result in results.items()}
     points = np.linspace(0, config.iterations, next(iter(lines.values())).shape[1])
     title, iteration = f"Sums: {config.seeds} seeds each, mean and 95 % interval", "iteration (512 completions)"
@@ -332,7 +346,7 @@ def run_compare(config: Config) -> dict[str, Any]:
         x, title = np.arange(1, config.iterations + 1), f"TRPO: KL of each step, at most {bound:g}"
         band_curves(FOLDER / "online_trpo_kl.png", {"TRPO": steps}, x, iteration, "KL of a token, nats", title)
     completions = config.iterations * COMMON["num_prompts"] * COMMON["num_generations"]
-    return {"completions": completions} | {name: result["figures"] for name, result in results.items()}
+    return {"completions": completions} | {name: results[name]["figures"] | costs[name] for name in results}
 
 
 def run_seeds(config: Config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxrl_llm.divergences import categorical_kl
 from jaxrl_llm.losses import policy_gradient_loss
@@ -36,7 +37,7 @@ def golden(name="gpt2_tied"):
     }  # fmt: skip
 
 
-def functions_of(params, batch, weights=None, head=head_kernel, apply=None):
+def functions_of(params, batch, weights=None, head=head_kernel, apply=None, **options):
     apply = golden()[0].apply if apply is None else apply
     return policy_functions(
         apply,
@@ -47,6 +48,7 @@ def functions_of(params, batch, weights=None, head=head_kernel, apply=None):
         weights=weights,
         temperature=TEMPERATURE,
         chunk_size=CHUNK,
+        **options,
     )
 
 
@@ -149,6 +151,28 @@ def test_what_the_optimizer_needs_agrees_with_the_dense_formulas():
     close(surrogate, np.sum(weights_fn(batch, None).policy * batch["advantages"][:, None]), rtol=1e-6)
     assert kl == 0
     close(both, [surrogate, kl], rtol=1e-6)
+
+
+def test_fisher_may_be_estimated_from_some_rows():
+    _, params, batch = golden()
+    first = {name: array[:1] for name, array in batch.items()}
+    tangent = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params)
+
+    def product(batch, every):
+        functions = functions_of(params, batch, fisher_every=every)
+        chosen = fisher_vector_product(functions["distribution_fn"], functions["fisher_fn"], params)(tangent)
+        return chosen, functions["kl_fn"](jax.tree.map(lambda x: x * 1.01, params))
+
+    # Every third of three rows is the first, and weighs what all did: the mean over its tokens.
+    found, kl = jax.jit(product, static_argnums=1)(batch, 3)
+    of_all, kl_of_all = jax.jit(product, static_argnums=1)(batch, 1)
+    alone, _ = jax.jit(product, static_argnums=1)(first, 1)
+    jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-6), found, alone)
+    close(kl, kl_of_all, rtol=1e-6)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, (found, of_all)), strict=True))
+    for every in (0, 4):
+        with pytest.raises(ValueError, match=f"fisher_every must be from 1 to the number of rows, 3, got {every}"):
+            functions_of(params, batch, fisher_every=every)
 
 
 def test_adapters_alone_are_trained_under_the_same_trust_region():

@@ -40,6 +40,9 @@ class Config(OnlineOptions):
     """Iterations of conjugate gradients."""
     cg_damping: float = 0.1
     """Added to the diagonal of the Fisher matrix."""
+    fisher_every: int = 1
+    """The Fisher matrix is estimated from every how many-th completion, which saves that much of the time of conjugate
+    gradients; the KL of the step is that of all. Best without a common divisor with `num_generations`."""
     backtrack_coef: float = 0.8
     """Factor between two lengths of the step that are tried."""
     backtrack_iters: int = 10
@@ -66,6 +69,8 @@ def validate(config: Config) -> None:
         require(name, getattr(config, name), meant, lambda count: count == 1)
     require("max_kl", config.max_kl, "positive", lambda kl: kl > 0)
     require("cg_damping", config.cg_damping, "at least 0", lambda damping: damping >= 0)
+    rows = config.num_prompts * config.num_generations
+    require("fisher_every", config.fisher_every, f"from 1 to the {rows} completions", lambda every: 1 <= every <= rows)
     require("backtrack_coef", config.backtrack_coef, "in (0, 1)", lambda factor: 0 < factor < 1)
     require("accept_ratio", config.accept_ratio, "in [0, 1)", lambda share: 0 <= share < 1)
     require("loss_type", config.loss_type, f"one of {LOSS_TYPES}", lambda name: name in LOSS_TYPES)
@@ -112,9 +117,17 @@ def make_method(config: Config) -> Method:
         return grpo_weights(batch.loss_mask, config.loss_type, max_completion_length=length, axis_name=axis_name)
 
     def extra_args(policy: Policy, params: Params, batch: Experience, key: Key) -> dict[str, Any]:
-        options = {"temperature": policy.temperature, "chunk_size": policy.chunk_size}
-        rows = (*batch.text, batch.advantages)
-        return policy_functions(policy.apply, policy.head_kernel, params, *rows, weights=batch.weights, **options)
+        return policy_functions(
+            policy.apply,
+            policy.head_kernel,
+            params,
+            *batch.text,
+            batch.advantages,
+            weights=batch.weights,
+            temperature=policy.temperature,
+            chunk_size=policy.chunk_size,
+            fisher_every=config.fisher_every,
+        )
 
     return Method(
         "trpo",
