@@ -32,6 +32,16 @@ COMMANDS = {
     "generate": ("jaxrl_llm.recipes.text.generate", "complete prompts with a saved model"),
     "evaluate": ("jaxrl_llm.recipes.text.evaluate", "perplexity, right answers and preferences of a saved model"),
     "control ppo": ("jaxrl_llm.recipes.control.ppo", "proximal policy optimization on a gymnax environment"),
+    "control trpo": ("jaxrl_llm.recipes.control.trpo", "trust region policy optimization, with a value network"),
+    "control a2c": ("jaxrl_llm.recipes.control.a2c", "advantage actor-critic: a step of RMSprop every few steps"),
+    "control reinforce": ("jaxrl_llm.recipes.control.reinforce", "REINFORCE on whole episodes, with a baseline"),
+    "control grpo": ("jaxrl_llm.recipes.control.grpo", "groups of whole episodes from the same start, no critic"),
+    "control tabular": (
+        "jaxrl_llm.recipes.control.tabular",
+        "a frozen lake: exact values, and Q-learning against them",
+    ),
+    "control play": ("jaxrl_llm.recipes.control.play", "evaluate an agent of such a run, and draw an episode"),
+    "control dqn": ("jaxrl_llm.recipes.control.dqn", "Q-learning with a network, a replay buffer and a target"),
 }
 """Each command, the module that has its `Config` and `run`, and what it does."""
 
@@ -48,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if words[:1] == ["--version"]:
         print(f"jaxrl-llm {__version__}")
         return
+    if words[:1] == ["sweep"]:
+        words[0] = "control"
     if not words or words[0] in ("-h", "--help"):
         print(_overview())
         return
@@ -81,6 +93,7 @@ def _overview() -> str:
             "usage: jaxrl-llm COMMAND [OPTIONS]",
             "",
             *lines,
+            f"  {'sweep ALGORITHM':<{width}}control ALGORITHM with --grid name=value,value … and --num-seeds N",
             "",
             "jaxrl-llm COMMAND --help lists the options of a command.",
         ]

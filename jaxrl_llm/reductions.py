@@ -172,6 +172,8 @@ def masked_standardize(
 ) -> Float[Array, "*shape"]:
     r"""Computes $(x - \bar x) / \sqrt{s^2 + \epsilon}$ over the unmasked values ("whitening"), zero elsewhere.
 
+    Values that are all equal give exactly 0: Adam would make a whole step of a rounding error.
+
     Args:
         values: What to standardise.
         mask: Nonzero where a value counts, for the statistics and in the result.
@@ -180,10 +182,12 @@ def masked_standardize(
         axis_name: Mapped axis over whose devices the statistics are taken.
     """
     mask = jnp.asarray(mask) != 0
-    values = jnp.where(mask, values, 0)
+    lowest = jax.lax.stop_gradient(jnp.min(jnp.where(mask, values, jnp.inf)))
+    lowest = lowest if axis_name is None else jax.lax.pmin(lowest, axis_name)
+    values = jnp.where(mask, values - lowest, 0)  # Equal values are 0 from their mean then, which may be rounded.
     mean = masked_mean(values, mask, axis_name=axis_name)
     scaled = (values - mean) * jax.lax.rsqrt(_masked_variance(values, mask, mean, axis_name) + epsilon)
-    return jnp.where(mask, scaled if shift_mean else scaled + mean, 0)
+    return jnp.where(mask, scaled if shift_mean else scaled + mean + lowest, 0)
 
 
 def _combines_by(name: str) -> str:

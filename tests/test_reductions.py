@@ -139,6 +139,14 @@ def test_whitening_equals_trl():
         exact(masked_standardize(values, jnp.asarray(mask), shift_mean=shift_mean), expected)
 
 
+@pytest.mark.parametrize("value", [0.1, -1 / 3, 1e6 / 7])
+def test_equal_values_are_standardized_to_exactly_zero(value):
+    values, mask = jnp.full((7, 9), value), jnp.tri(7, 9, dtype=bool)
+    assert not np.any(jax.jit(masked_standardize)(values, mask))
+    unshifted = jax.jit(functools.partial(masked_standardize, shift_mean=False))(values, mask)
+    np.testing.assert_array_equal(unshifted, np.where(mask, values, 0))
+
+
 SHAPE = (4, 6)
 arrays = hnp.arrays(np.float32, SHAPE, elements=st.floats(-100, 100, width=32))
 masks = hnp.arrays(bool, SHAPE)

@@ -33,6 +33,7 @@ from jaxrl_llm.losses.selection import importance_correction as importance_corre
 from jaxrl_llm.losses.selection import mask_truncated_completions as mask_truncated_completions
 from jaxrl_llm.losses.selection import off_policy_mask as off_policy_mask
 from jaxrl_llm.losses.selection import top_entropy_mask as top_entropy_mask
+from jaxrl_llm.losses.temporal_difference import q_learning_loss as q_learning_loss
 from jaxrl_llm.losses.unpaired import RunningMean as RunningMean
 from jaxrl_llm.losses.unpaired import bco_loss as bco_loss
 from jaxrl_llm.losses.unpaired import kto_kl as kto_kl

@@ -1,6 +1,7 @@
 """Neural networks in Flax Linen: GPT-2 and the Llama family with their checkpoints, heads, and small actor-critics."""
 
 from jaxrl_llm.models.actor_critic import ActorCritic as ActorCritic
+from jaxrl_llm.models.actor_critic import QNetwork as QNetwork
 from jaxrl_llm.models.decoder import Decoder as Decoder
 from jaxrl_llm.models.decoder import DecoderConfig as DecoderConfig
 from jaxrl_llm.models.decoder import head_kernel as head_kernel

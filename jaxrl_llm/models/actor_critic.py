@@ -1,10 +1,12 @@
-"""A small policy and value network for environments, in Flax Linen."""
+"""Small networks for environments, in Flax Linen: policy and value, and action values."""
 
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
+
+from jaxrl_llm.distributions import PolicyOutput
 
 
 class MLP(nn.Module):
@@ -39,18 +41,20 @@ def _orthogonal(scale: float) -> nn.initializers.Initializer:
 
 
 class ActorCritic(nn.Module):
-    """A categorical policy and a value function.
+    """A policy and a value function.
 
     By default they are two networks, and the initialisation is the one that PPO is known by: orthogonal, √2 in hidden
     layers, 0.01 for the policy's output (all actions start out about equally likely), 1 for the value. Parameters are
     named `policy/hidden_0 … policy/output` and `value/…`, with `trunk/…` if that is shared.
 
     Attributes:
-        num_actions: Number of discrete actions.
+        num_actions: Number of discrete actions, or of dimensions of a continuous one.
         hidden_sizes: Width of each hidden layer, of the policy and of the value.
         activation: Applied after each hidden layer.
         shared_trunk: One set of hidden layers for both. It saves computation; but then the value loss moves the policy
             too, so a trust region on the policy no longer holds.
+        continuous: The policy is a Gaussian: its output is (mean, log_std), and the parameters `log_std` do not depend
+            on the observation.
         observation_rank: How many of the last axes of the input are one observation; they are flattened.
 
     Example:
@@ -66,23 +70,54 @@ class ActorCritic(nn.Module):
     hidden_sizes: Sequence[int] = (64, 64)
     activation: Callable[[Array], Array] = jnp.tanh
     shared_trunk: bool = False
+    continuous: bool = False
     observation_rank: int = 1
 
     @nn.compact
-    def __call__(self, observation: Num[Array, "..."]) -> tuple[Float[Array, "*batch actions"], Float[Array, "*batch"]]:
-        """Computes the policy's logits and the value.
+    def __call__(self, observation: Num[Array, "..."]) -> tuple[PolicyOutput, Float[Array, "*batch"]]:
+        """Computes the policy's output and the value.
 
         Args:
             observation: Observations, with any number of batch axes in front; whole numbers are read as floats.
+                (Categories and trees become arrays by `rollouts.spaces.observation_encoder`.)
 
         Returns:
-            Unnormalised log-probabilities of the actions, and expected discounted return.
+            Unnormalised log-probabilities of the actions, or (mean, log_std); and the expected discounted return.
         """
         batch_shape = observation.shape[: observation.ndim - self.observation_rank]
         features = observation.reshape(*batch_shape, -1).astype(jnp.promote_types(observation.dtype, jnp.float32))
         hidden_sizes = self.hidden_sizes
         if self.shared_trunk:
             features, hidden_sizes = MLP(hidden_sizes, self.activation, name="trunk")(features), ()
-        logits = MLP(hidden_sizes, self.activation, self.num_actions, 0.01, name="policy")(features)
+        output = MLP(hidden_sizes, self.activation, self.num_actions, 0.01, name="policy")(features)
         value = MLP(hidden_sizes, self.activation, 1, 1.0, name="value")(features)
-        return logits, value[..., 0]
+        if not self.continuous:
+            return output, value[..., 0]
+        log_std = self.param("log_std", nn.initializers.zeros, (self.num_actions,))
+        return (output, jnp.broadcast_to(log_std, output.shape)), value[..., 0]
+
+
+class QNetwork(nn.Module):
+    r"""The value of each discrete action.
+
+    Attributes:
+        num_actions: Number of actions.
+        hidden_sizes: Width of each hidden layer.
+        activation: Applied after each hidden layer.
+        dueling: Two heads on the hidden layers, $Q(s, a) = V(s) + A(s, a) - \overline{A}(s)$ (Wang et al., 2016, eq. 9).
+    """
+
+    num_actions: int
+    hidden_sizes: Sequence[int] = (64, 64)
+    activation: Callable[[Array], Array] = nn.relu
+    dueling: bool = False
+
+    @nn.compact
+    def __call__(self, features: Float[Array, "*batch features"]) -> Float[Array, "*batch actions"]:
+        """Computes the expected discounted return after each action."""
+        if not self.dueling:
+            return MLP(self.hidden_sizes, self.activation, self.num_actions, name="values")(features)
+        hidden = MLP(self.hidden_sizes, self.activation, name="trunk")(features)
+        advantage = MLP((), self.activation, self.num_actions, name="advantage")(hidden)
+        value = MLP((), self.activation, 1, name="value")(hidden)
+        return value + advantage - advantage.mean(-1, keepdims=True)

@@ -47,6 +47,7 @@ def plot_metrics(
     path: str | os.PathLike,
     *,
     x_label: str = "training step",
+    bands: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
 ) -> None:
     """Draws metrics of a run over its steps, one panel per title, into a PNG file.
 
@@ -58,6 +59,8 @@ def plot_metrics(
             and labels the vertical axis: "Loss (nats per token)".
         path: The PNG file to write.
         x_label: What a step is.
+        bands: More panels, above the others: by title, metrics by label that are drawn as their mean, with a 95 %
+            interval (Student's t) where there are several.
 
     Raises:
         ValueError: There are no panels, or a metric is not in the file.
@@ -70,10 +73,16 @@ def plot_metrics(
     if not curves:
         raise ValueError("panels must name at least one metric, as in {'Loss': ['loss']}.")
     # One column: steps line up from panel to panel, and the plot stays legible on a phone.
-    figure = Figure(figsize=(7.5, 2.8 * len(panels)), dpi=150, layout="constrained")
+    bands = bands or {}
+    count = len(panels) + len(bands)
+    figure = Figure(figsize=(7.5, 2.8 * count), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)  # No window, whatever the backend of pyplot is.
-    for index, (title, names) in enumerate(panels.items(), start=1):
-        axes = figure.add_subplot(len(panels), 1, index)
+    for index, (title, groups) in enumerate(bands.items(), start=1):
+        axes = figure.add_subplot(count, 1, index)
+        _draw_bands(axes, title, {label: _band(records, names, folder) for label, names in groups.items()})
+        axes.set_xlabel(x_label)
+    for index, (title, names) in enumerate(panels.items(), start=1 + len(bands)):
+        axes = figure.add_subplot(count, 1, index)
         _draw_panel(axes, title, {name: curves[name] for name in names})
         axes.set_xlabel(x_label)
     figure.savefig(path)
@@ -117,6 +126,33 @@ def _curve(records: list[dict[str, Any]], name: str, folder: str | os.PathLike) 
         raise ValueError(f"metric {name!r} was never logged in {folder}: {hint}")
     steps, values = zip(*points, strict=True)
     return list(steps), [value if math.isfinite(value) else math.nan for value in values]
+
+
+def _band(
+    records: list[dict[str, Any]], names: Sequence[str], folder: str | os.PathLike
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Gives steps, mean and half of the interval of several metrics, over those that are finite at a step."""
+    from scipy.stats import t
+
+    steps, _ = _curve(records, names[0], folder)
+    values = np.array([_curve(records, name, folder)[1] for name in names])
+    counts = np.maximum((~np.isnan(values)).sum(0), 1)
+    mean = np.where(counts > 0, np.nansum(values, 0) / counts, np.nan)
+    spread = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(counts - 1, 1) / counts)
+    return steps, mean, np.where(counts > 1, t.ppf(0.975, np.maximum(counts - 1, 1)) * spread, 0)
+
+
+def _draw_bands(axes: Any, title: str, lines: Mapping[str, tuple[list[int], np.ndarray, np.ndarray]]) -> None:
+    heading, unit = _split_unit(title)
+    for label, (steps, mean, half) in lines.items():
+        (line,) = axes.plot(steps, mean, linewidth=1.6, label=label)
+        axes.fill_between(steps, mean - half, mean + half, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_title(heading + ", mean and 95 % interval", loc="left", fontweight="bold")
+    axes.set_ylabel(unit or "value")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if 1 < len(lines) <= 12:
+        axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_panel(axes: Any, title: str, curves: Mapping[str, tuple[list[int], list[float]]]) -> None:

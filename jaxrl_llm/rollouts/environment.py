@@ -8,16 +8,22 @@ A policy is a function `policy(params, observation, key) -> (action, log_prob)` 
 in, so nothing here knows a model.
 """
 
+import ast
+import dataclasses
 import difflib
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from jaxrl_llm.log_probs import token_log_probs
+from jaxrl_llm.distributions import make_distribution
+from jaxrl_llm.rollouts.spaces import clip_action
 from jaxrl_llm.types import Key, Metrics, Params
 
 Policy: TypeAlias = Callable[[Params, Any, Key], tuple[Array, Array]]
@@ -46,7 +52,7 @@ class Transition(NamedTuple):
 
     Attributes:
         observation: What the policy saw, `[time, envs, …]`.
-        action: What it did.
+        action: What it did; a continuous one before it was brought into range.
         log_prob: Log-probability of that action when it was taken, nats.
         reward: Reward of the step.
         terminated: The step led to a state without a future. May be set together with `truncated`, and then wins.
@@ -69,94 +75,125 @@ class Transition(NamedTuple):
 
 
 @functools.cache
-def make_environment(name: str) -> tuple[Any, Any]:
-    """Looks up a gymnax environment; the same name gives the same object.
+def make_environment(name: str, parameters: tuple[str, ...] = ()) -> tuple[Any, Any]:
+    """Looks up a gymnax environment; the same arguments give the same object.
 
     An environment is a static argument of compiled functions and is compared by identity: a second instance would
     compile everything again.
 
     Args:
-        name: One of `gymnax.registered_envs`, which `gymnax.register` extends.
+        name: One of `gymnax.registered_envs`, which `gymnax.register` extends; or "package.module:Name" or
+            "path/to/file.py:Name" of a class or function without arguments that makes a gymnax environment. Such a file is
+            executed: name only code that you trust.
+        parameters: Changes of its default parameters, "name=value" each.
 
     Returns:
-        The environment, and its default parameters (`env_params.replace(max_steps_in_episode=…)` changes them).
+        The environment, and its parameters.
 
     Raises:
-        ValueError: If there is no such environment; the message suggests the nearest names.
+        ValueError: If there is no such environment or parameter; the message suggests the nearest names.
 
     Example:
-        >>> env, env_params = make_environment("CartPole-v1")
+        >>> env, env_params = make_environment("CartPole-v1", ("max_steps_in_episode=200",))
         >>> env_params.max_steps_in_episode
-        500
+        200
     """
     import gymnax  # brings plotting libraries along, which sampling text should not wait for
 
-    if name in gymnax.registered_envs:
-        return gymnax.make(name)
-    nearest = difflib.get_close_matches(name, gymnax.registered_envs, n=3, cutoff=0.5)
-    suggestion = f"Did you mean {' or '.join(nearest)}? " if nearest else ""
-    raise ValueError(
-        f"env must be a gymnax environment, got {name!r}. {suggestion}All names: {', '.join(gymnax.registered_envs)}."
-    )
+    if ":" not in name and name not in gymnax.registered_envs:
+        raise ValueError(
+            f"env must be a gymnax environment or module:Name, got {name!r}. {_nearest(name, gymnax.registered_envs)}All "
+            f"names: {', '.join(gymnax.registered_envs)}."
+        )
+    with jax.ensure_compile_time_eval():  # It may be made while a function is traced, and looks at arrays of its own.
+        env = _import(name)() if ":" in name else gymnax.make(name)[0]
+        env_params = env.default_params
+    return env, _changed(env_params, parameters, name)
 
 
-def num_discrete_actions(env: Any, env_params: Any) -> int:
-    """Counts the actions of an environment that has a finite number of them.
+def _import(place: str) -> Callable[[], Any]:
+    """Imports what "module:Name" or "file.py:Name" says.
 
     Raises:
-        ValueError: If its actions are continuous.
+        ValueError: If it is not there.
     """
-    from gymnax.environments import spaces
-
-    space = env.action_space(env_params)
-    if not isinstance(space, spaces.Discrete):
-        raise ValueError(
-            f"env must have discrete actions, got {env.name} with {space}. The policy is a categorical distribution; "
-            "choose an environment such as CartPole-v1, Acrobot-v1 or Breakout-MinAtar."
-        )
-    return space.n
-
-
-def observation_shape(env: Any, env_params: Any) -> tuple[int, ...]:
-    """Gives the shape of one observation, for an environment that observes one array.
-
-    Raises:
-        ValueError: If the observation is a category or a tree: wrap the environment to make an array of it.
-    """
-    from gymnax.environments import spaces
-
-    space = env.observation_space(env_params)
-    if not isinstance(space, spaces.Box):
-        raise ValueError(
-            f"env must observe one array (a Box), got {env.name} with {space}. Wrap the environment so that it "
-            "observes an array: one-hot for a category, concatenated leaves for a tree."
-        )
-    return tuple(space.shape)
+    module_name, _, name = place.rpartition(":")
+    try:
+        if module_name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+        return getattr(module, name)
+    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}, and: {error}.") from error
 
 
-def stochastic_policy(apply: Callable[..., tuple[Array, Any]]) -> Policy:
-    """Makes the policy that samples from the categorical distribution of a model.
+def _changed(env_params: Any, parameters: tuple[str, ...], env: str) -> Any:
+    """Changes some of an environment's parameters."""
+    known = {field.name: getattr(env_params, field.name) for field in dataclasses.fields(env_params)}
+    changes = {}
+    for parameter in parameters:
+        name, _, value = parameter.partition("=")
+        if name not in known:
+            raise ValueError(
+                f"env_params must be parameters of {env}, got {parameter!r}. {_nearest(name, known)}All names: "
+                f"{', '.join(known)}."
+            )
+        try:
+            changes[name] = type(known[name])(ast.literal_eval(value))
+        except (ValueError, SyntaxError, TypeError) as error:
+            kind = type(known[name]).__name__
+            raise ValueError(
+                f"env_params must be name=value with a value like {known[name]!r} ({kind}), got {parameter!r}."
+            ) from error
+    return env_params.replace(**changes)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"Did you mean {' or '.join(nearest)}? " if nearest else ""
+
+
+def stochastic_policy(apply: Callable[..., tuple[Any, Any]]) -> Policy:
+    """Makes the policy that samples from the distribution of a model.
 
     Args:
-        apply: `apply(params, observation) -> (logits [batch, actions], anything)`. What the policy does not use of a
+        apply: `apply(params, observation) -> (logits or (mean, log_std), anything)`. What the policy does not use of a
             model costs nothing once compiled.
     """
 
     def policy(params: Params, observation: Any, key: Key) -> tuple[Array, Array]:
-        logits, _ = apply(params, observation)
-        action = jax.random.categorical(key, logits)
-        return action, token_log_probs(logits, action)
+        distribution = make_distribution(apply(params, observation)[0])
+        action = distribution.sample(key)
+        return action, distribution.log_prob(action)
 
     return policy
 
 
-def greedy_policy(apply: Callable[..., tuple[Array, Any]]) -> Policy:
+def greedy_policy(apply: Callable[..., tuple[Any, Any]]) -> Policy:
     """Makes the policy that takes a model's most likely action, with log-probability 0; see `stochastic_policy`."""
 
     def policy(params: Params, observation: Any, key: Key) -> tuple[Array, Array]:
         del key
-        action = jnp.argmax(apply(params, observation)[0], axis=-1)
-        return action, jnp.zeros(action.shape)
+        output, _ = apply(params, observation)
+        action = make_distribution(output).mode()
+        return action, jnp.zeros(jax.tree.leaves(output)[0].shape[:-1])
+
+    return policy
+
+
+def random_policy(env: Any, env_params: Any) -> Policy:
+    """Makes the policy that takes any action alike, with log-probability 0; its parameters are not used."""
+
+    def policy(params: Params, observation: Any, key: Key) -> tuple[Array, Array]:
+        del params
+        num_envs = jax.tree.leaves(observation)[0].shape[0]
+        action = jax.vmap(env.action_space(env_params).sample)(jax.random.split(key, num_envs))
+        return action, jnp.zeros(num_envs)
 
     return policy
 
@@ -224,7 +261,7 @@ def _step(
 ) -> tuple[EnvironmentState, Transition]:
     """Steps every environment once, and keeps count of its episode."""
     observation, state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
-        keys, now.state, action, env_params
+        keys, now.state, clip_action(env, env_params, action), env_params
     )
     episode_return, episode_length = now.episode_return + reward, now.episode_length + 1
     done = terminated | truncated
@@ -266,6 +303,27 @@ def mean_over_episodes(
     return jnp.where(counts > 0, means * counts, 0).sum(-1) / counts.sum(-1)
 
 
+def play_episodes(
+    policy: Policy, params: Params, key: Key, env: Any, env_params: Any, start: EnvironmentState
+) -> tuple[Transition, Bool[Array, "time envs"]]:
+    """Plays one whole episode in each environment of `start`.
+
+    Args:
+        policy: See `Policy`.
+        params: Its parameters.
+        key: Consumed.
+        env: A gymnax environment.
+        env_params: Its parameters; `max_steps_in_episode` is how many steps are computed.
+        start: From `reset`. The same state may stand there several times: a group of episodes from one start.
+
+    Returns:
+        What happened, and the steps that belong to the episode: those after its end do not.
+    """
+    _, transitions = rollout(policy, params, key, env, env_params, start, int(env_params.max_steps_in_episode))
+    ended = (transitions.terminated | transitions.truncated).astype(jnp.int32)
+    return transitions, jnp.cumsum(ended, axis=0) - ended == 0
+
+
 def evaluate(
     policy: Policy, params: Params, key: Key, env: Any, env_params: Any, num_episodes: int
 ) -> tuple[Float[Array, " episodes"], Int[Array, " episodes"]]:
@@ -284,10 +342,5 @@ def evaluate(
     """
     reset_key, rollout_key = jax.random.split(key)
     start = reset(reset_key, env, env_params, num_episodes)
-    steps = int(env_params.max_steps_in_episode)
-    _, transitions = rollout(policy, params, rollout_key, env, env_params, start, steps)
-    first_end = jnp.argmax(transitions.terminated | transitions.truncated, axis=0)[None]
-    returns, lengths = (
-        jnp.take_along_axis(x, first_end, axis=0)[0] for x in (transitions.episode_return, transitions.episode_length)
-    )
-    return returns, lengths
+    transitions, mask = play_episodes(policy, params, rollout_key, env, env_params, start)
+    return jnp.where(mask, transitions.reward, 0).sum(0), mask.sum(0)

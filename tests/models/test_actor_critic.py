@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_llm.models import ActorCritic
+from jaxrl_llm.models import ActorCritic, QNetwork
 
 
 def init(model, *shape, seed=0):
@@ -76,3 +76,29 @@ def test_the_value_loss_moves_the_policy_only_through_a_shared_trunk(shared):
     changed = np.abs(logits_after_a_step_on_values(params) - model.apply({"params": params}, observation)[0]).max() > 0
     assert changed == shared
     assert set(params) == ({"trunk", "policy", "value"} if shared else {"policy", "value"})
+
+
+def test_a_gaussian_policy_has_a_mean_and_deviations_that_do_not_depend_on_the_observation():
+    model = ActorCritic(num_actions=3, continuous=True)
+    params = init(model, 1, 4)
+    params["log_std"] = jnp.array([0.1, 0.2, 0.3])
+    (mean, log_std), value = model.apply({"params": params}, jax.random.normal(jax.random.key(1), (7, 2, 4)))
+    assert mean.shape == log_std.shape == (7, 2, 3)
+    assert value.shape == (7, 2)
+    np.testing.assert_array_equal(log_std, jnp.broadcast_to(params["log_std"], log_std.shape))
+    assert mean.std() > 0
+
+
+@pytest.mark.parametrize("dueling", [False, True])
+def test_action_values_are_the_equations(dueling):
+    model = QNetwork(num_actions=3, hidden_sizes=(8,), dueling=dueling)
+    params = init(model, 1, 4)
+    observation = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    q = model.apply({"params": params}, jnp.asarray(observation))
+    first = params["trunk" if dueling else "values"]["hidden_0"]
+    hidden = np.maximum(observation @ np.asarray(first["kernel"]) + np.asarray(first["bias"]), 0)
+    heads = {k: hidden @ np.asarray(v["output"]["kernel"]) for k, v in params.items() if "output" in v}
+    expected = heads["values"] if not dueling else 0
+    if dueling:
+        expected = heads["value"] + heads["advantage"] - heads["advantage"].mean(1, keepdims=True)
+    np.testing.assert_allclose(q, expected, rtol=1e-4, atol=1e-5)

@@ -21,14 +21,14 @@ from jaxrl_llm.data import (
 from jaxrl_llm.models import from_pretrained
 from jaxrl_llm.recipes.options import ModelOptions
 from jaxrl_llm.recipes.text.language_model import load_model
-from jaxrl_llm.recipes.text.offline import (
+from jaxrl_llm.recipes.text.offline import train_offline
+from jaxrl_llm.recipes.text.offline_task import (
     OfflineOptions,
     ReferenceOptions,
     Task,
     load_splits,
     real_rows,
     sample_prompts,
-    train_offline,
 )
 from jaxrl_llm.reductions import row_weights, token_weights, weighted_sum
 from tests.recipes.runs import TINY, assert_same_run, curve, press_ctrl_c_after, renamed, write_rows

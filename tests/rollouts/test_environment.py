@@ -12,12 +12,12 @@ from jaxrl_llm.rollouts.environment import (
     greedy_policy,
     make_environment,
     mean_over_episodes,
-    num_discrete_actions,
-    observation_shape,
+    play_episodes,
     reset,
     rollout,
     stochastic_policy,
 )
+from jaxrl_llm.rollouts.spaces import observation_encoder
 
 ENV, ENV_PARAMS = make_environment("CartPole-v1")
 START_BOUND = 0.05  # CartPole starts within ±0.05 in every coordinate.
@@ -195,6 +195,9 @@ class Falling(environment.Environment):
         state = state.replace(time=state.time + 1)
         return self.observe(key, state, action, params), state, jnp.float32(1), state.time >= 2, {}
 
+    def action_space(self, params):
+        return spaces.Discrete(2)
+
     def reset_env(self, key, params):
         state = environment.EnvState(time=jnp.int32(0))
         return self.observe(key, state, None, params), state
@@ -246,16 +249,62 @@ def test_a_name_like_no_other_is_refused_with_the_list_of_all():
         make_environment("zzz")
 
 
-def test_continuous_actions_are_refused():
-    with pytest.raises(ValueError, match="discrete actions, got Pendulum-v1 with Box"):
-        num_discrete_actions(*make_environment("Pendulum-v1"))
-    assert num_discrete_actions(ENV, ENV_PARAMS) == 2
+def test_parameters_of_an_environment_are_changed_by_name():
+    assert make_environment("CartPole-v1", ("max_steps_in_episode=7", "gravity=1"))[1].max_steps_in_episode == 7
+    assert make_environment("CartPole-v1", ("gravity=1",))[1].gravity == 1.0
+    with pytest.raises(
+        ValueError, match=r"env_params must be parameters of CartPole-v1, got 'gravty=1'.*Did you mean grav"
+    ):
+        make_environment("CartPole-v1", ("gravty=1",))
+    with pytest.raises(ValueError, match=r"a value like 9.8 \(float\), got 'gravity'"):
+        make_environment("CartPole-v1", ("gravity",))
 
 
-def test_observations_that_are_no_array_are_refused():
-    with pytest.raises(ValueError, match=r"observe one array \(a Box\), got FrozenLake.* one-hot"):
-        observation_shape(*make_environment("FrozenLake-misc"))
-    assert observation_shape(*make_environment("Breakout-MinAtar")) == (10, 10, 4)
+def test_an_environment_of_the_user_is_found_by_its_place(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("from gymnax.environments.classic_control.cartpole import CartPole as Mine")
+    env, env_params = make_environment(f"{file}:Mine", ("max_steps_in_episode=3",))
+    assert (env.name, env_params.max_steps_in_episode) == ("CartPole-v1", 3)
+    assert make_environment("gymnax.environments.classic_control.cartpole:CartPole")[0].name == "CartPole-v1"
+    for place, message in [(f"{file}:Other", "Other"), ("nowhere:X", "nowhere"), (f"{tmp_path}/no.py:X", "no.py")]:
+        with pytest.raises(ValueError, match=f"env must be a gymnax environment or module:Name, got .*{message}"):
+            make_environment(place)
+
+
+def test_continuous_actions_are_clipped_on_the_way_in_and_kept_as_drawn():
+    env, env_params = make_environment("Pendulum-v1")
+
+    def too_strong(params, observation, key):
+        del params, key
+        return jnp.full((observation.shape[0], 1), 50.0), jnp.zeros(observation.shape[0])
+
+    def strongest(params, observation, key):
+        del params, key
+        return jnp.full((observation.shape[0], 1), 2.0), jnp.zeros(observation.shape[0])
+
+    _, _, clipped = play(too_strong, num_envs=2, num_steps=5, env=env, env_params=env_params)
+    _, _, expected = play(strongest, num_envs=2, num_steps=5, env=env, env_params=env_params)
+    np.testing.assert_array_equal(clipped.action, 50)
+    np.testing.assert_array_equal(clipped.reward, expected.reward)
+    np.testing.assert_array_equal(clipped.observation, expected.observation)
+
+
+def test_whole_episodes_are_masked_after_their_end():
+    start = reset(jax.random.key(0), ENV, ENV_PARAMS, 3)
+    together = jax.tree.map(lambda x: jnp.repeat(x[:1], 3, axis=0), start)
+    steps, mask = jax.jit(lambda start: play_episodes(push_left, None, jax.random.key(1), ENV, ENV_PARAMS, start))(
+        together
+    )
+    lengths = mask.sum(0)
+    assert (lengths > 5).all()
+    assert (lengths < 20).all()
+    for env in range(3):
+        length = lengths[env]
+        assert mask[:length, env].all()
+        assert steps.terminated[length - 1, env]
+        assert not steps.terminated[: length - 1, env].any()
+    # The same start and the same actions: the same episode.
+    np.testing.assert_array_equal(steps.observation[: lengths[0], 0], steps.observation[: lengths[0], 1])
 
 
 def test_environments_that_were_registered_by_the_user_are_found():
@@ -268,4 +317,4 @@ def test_environments_that_were_registered_by_the_user_are_found():
             return environment.EnvParams(max_steps_in_episode=2)
 
     gymnax.register("Registered-test", Registered)
-    assert observation_shape(*make_environment("Registered-test")) == (1,)
+    assert observation_encoder(*make_environment("Registered-test"))[1] == 1

@@ -1,17 +1,23 @@
 """Settings that the recipes for environments share, with their checks."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeAlias
+import itertools
+from collections.abc import Callable, Hashable
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 import tyro
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from jaxrl_llm.distributions import PolicyOutput
 from jaxrl_llm.models import ActorCritic
+from jaxrl_llm.optimizers import make_optimizer
+from jaxrl_llm.recipes.control.normalization import Moments, normalize
 from jaxrl_llm.recipes.options import RunOptions, require, require_at_least
-from jaxrl_llm.rollouts.environment import make_environment, num_discrete_actions, observation_shape
+from jaxrl_llm.rollouts.environment import make_environment
+from jaxrl_llm.rollouts.spaces import actions_of, observation_encoder
 from jaxrl_llm.types import Numeric, Params
 
 
@@ -37,20 +43,21 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": ja
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ControlOptions(RunOptions):
-    """Where experience comes from, how it is cut into updates, and which networks learn from it."""
+    """Where experience comes from, how a run is cut into steps, and the size of the networks."""
 
     env: str = "CartPole-v1"
-    """A gymnax environment with discrete actions."""
-    total_timesteps: int = 500_000
-    """Environment steps of the run, over all environments. Rounded down to whole updates; the run says to how many."""
+    """A gymnax environment, or "package.module:Name" or "file.py:Name" of what makes one."""
+    env_params: tuple[str, ...] = ()
+    """Changes of the environment's parameters, such as max_steps_in_episode=200."""
     num_envs: int = 4
     """Environments that run side by side."""
-    num_steps: int = 128
-    """Steps in each environment between two updates."""
     seed: int = 0
     """Seed of the run; of the first, if there are several."""
     num_seeds: int = 1
     """Independent runs at once, with seeds seed, seed + 1, and so on."""
+    grid: tuple[str, ...] = ()
+    """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99. Every combination
+    is run with every seed, all as one program."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1
@@ -62,49 +69,207 @@ class ControlOptions(RunOptions):
     eval_episodes: int = 100
     """Episodes of each evaluation, once greedy and once sampled."""
     hidden_sizes: tuple[int, ...] = (64, 64)
-    """Width of each hidden layer of the policy and value networks."""
+    """Width of each hidden layer."""
     activation: Literal["tanh", "relu"] = "tanh"
     """Activation of the hidden layers."""
-    shared_trunk: bool = False
-    """One set of hidden layers for policy and value."""
+
+    def environment(self) -> tuple[Any, Any]:
+        """Makes the environment and its parameters."""
+        return make_environment(self.env, self.env_params)
+
+    def points(self) -> list[dict[str, float]]:
+        """Reads the grid: the changed settings of each of its points; one point without any if there is no grid.
+
+        Raises:
+            ValueError: If a setting may not be traced, or a value is no number.
+        """
+        kinds = Hyperparameter, OptionalHyperparameter
+        known = [field.name for field in dataclasses.fields(self) if field.type in kinds]
+        axes: dict[str, list[float]] = {}
+        for text in self.grid:
+            name, _, values = text.partition("=")
+            name = name.strip().replace("-", "_")
+            meant = f"name=value,value,… of {', '.join(known)}"
+            require("grid", text, meant, lambda _, name=name: name in known and name not in axes)
+            try:
+                axes[name] = [float(value) for value in values.split(",")]
+            except ValueError as error:
+                raise ValueError(f"grid must be {meant}, got {text!r}.") from error
+        return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
+
+    def validate_control(self) -> None:
+        """Checks the values, those of `RunOptions` too."""
+        self.validate_run()
+        names = ["num_envs", "num_seeds", "updates_per_step", "eval_episodes"]
+        require_at_least(1, **{name: getattr(self, name) for name in names})
+        require("hidden_sizes", self.hidden_sizes, "widths of at least 1", lambda sizes: all(s >= 1 for s in sizes))
+        require("activation", self.activation, f"one of {tuple(ACTIVATIONS)}", lambda name: name in ACTIVATIONS)
+        actions_of(*self.environment())
+        observation_encoder(*self.environment())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepOptions(ControlOptions):
+    """Experience that is counted in steps, whether episodes end or not."""
+
+    total_timesteps: int = 500_000
+    """Environment steps of the run, over all environments. Rounded down to whole updates; the run says to how many."""
+    num_steps: int = 128
+    """Steps in each environment between two updates."""
 
     @property
-    def batch_size(self) -> int:
-        """Environment steps that one update learns from."""
+    def steps_per_update(self) -> int:
+        """Environment steps between two updates."""
         return self.num_envs * self.num_steps
 
     @property
     def num_updates(self) -> int:
         """Updates of the run; a last one that total_timesteps does not fill is left out."""
-        return self.total_timesteps // self.batch_size
+        return self.total_timesteps // self.steps_per_update
 
-    def validate_control(self) -> None:
-        """Checks the values, those of `RunOptions` too."""
-        self.validate_run()
-        names = ["total_timesteps", "num_envs", "num_steps", "num_seeds", "updates_per_step", "eval_episodes"]
-        require_at_least(1, **{name: getattr(self, name) for name in names})
-        require(
-            "total_timesteps",
-            self.total_timesteps,
-            f"at least one update: num_envs × num_steps = {self.num_envs} × {self.num_steps} = {self.batch_size}",
-            lambda steps: steps >= self.batch_size,
-        )
-        require("hidden_sizes", self.hidden_sizes, "widths of at least 1", lambda sizes: all(s >= 1 for s in sizes))
-        require("activation", self.activation, f"one of {tuple(ACTIVATIONS)}", lambda name: name in ACTIVATIONS)
-        self.network()
+    def plan(self) -> dict[str, Any]:
+        """Tells how many environment steps a run really takes."""
+        steps = self.num_updates * self.steps_per_update
+        left_out = self.total_timesteps - steps
+        return {
+            "environment steps": f"{steps:,} = {self.num_updates:,} updates × {self.num_envs} environments × "
+            f"{self.num_steps} steps" + (f" ({left_out:,} of total_timesteps fill no update)" if left_out else "")
+        }
+
+    def validate_steps(self) -> None:
+        """Checks the values, those of `ControlOptions` too."""
+        self.validate_control()
+        require_at_least(1, total_timesteps=self.total_timesteps, num_steps=self.num_steps)
+        size = f"num_envs × num_steps = {self.num_envs} × {self.num_steps} = {self.steps_per_update}"
+        meant = f"at least one update, {size}, and below 2³¹"
+        require("total_timesteps", self.total_timesteps, meant, lambda n: self.steps_per_update <= n < 2**31)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EpisodeOptions(ControlOptions):
+    """Experience that is counted in whole episodes, all from fresh starts."""
+
+    num_updates: int = 150
+    """Updates of the run. How many environment steps they take depends on how long episodes last."""
+    num_envs: int = 32
+    """Episodes of an update."""
+    updates_per_step: int = 5
+    """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
+
+    def plan(self) -> dict[str, Any]:
+        """Tells how many episodes a run plays."""
+        episodes = f"{self.num_updates * self.num_envs:,} = {self.num_updates:,} updates × {self.num_envs}"
+        return {"episodes": f"{episodes} of at most {int(self.environment()[1].max_steps_in_episode)} steps"}
+
+    def validate_episodes(self) -> None:
+        """Checks the values, those of `ControlOptions` too."""
+        self.validate_control()
+        require_at_least(1, num_updates=self.num_updates)
+
+
+RunConfig: TypeAlias = StepOptions | EpisodeOptions
+"""Settings of a whole run: both tell `num_updates` and `plan()`."""
+
+
+class Agent(NamedTuple):
+    """What acts: parameters of the networks, and the moments that observations are normalised by, or None."""
+
+    params: Params
+    observations: Moments | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActorCriticOptions(ControlOptions):
+    """Policy and value networks, and what they are shown."""
+
+    shared_trunk: bool = False
+    """One set of hidden layers for policy and value."""
+    normalize_observations: bool = False
+    """Show the networks observations with mean 0 and deviation 1, by the statistics of all rollouts before."""
 
     def network(self) -> ActorCritic:
         """Builds the policy and value networks that fit the environment."""
-        env, env_params = make_environment(self.env)
+        actions = actions_of(*self.environment())
         return ActorCritic(
-            num_actions=num_discrete_actions(env, env_params),
+            num_actions=actions.size,
             hidden_sizes=self.hidden_sizes,
             activation=ACTIVATIONS[self.activation],
             shared_trunk=self.shared_trunk,
-            observation_rank=len(observation_shape(env, env_params)),
+            continuous=actions.continuous,
         )
 
-    def apply(self) -> Callable[[Params, Array], Any]:
-        """Makes `apply(params, observation) -> (logits, value)` of these networks."""
-        network = self.network()
-        return lambda params, observation: network.apply({"params": params}, observation)
+    def features(self, observation: Any, moments: Moments | None = None) -> Float[Array, "*batch features"]:
+        """Turns observations into what the networks read."""
+        encode, _ = observation_encoder(*self.environment())
+        return normalize(moments, encode(observation))
+
+    def forward(self, params: Params, features: Float[Array, "*batch features"]) -> tuple[PolicyOutput, Array]:
+        """Runs the networks: the policy's output, and the value."""
+        return self.network().apply({"params": params}, features)  # pyright: ignore[reportReturnType]
+
+    def apply(self) -> Callable[[Agent, Any], tuple[PolicyOutput, Array]]:
+        """Makes `apply(agent, observation) -> (policy's output, value)`."""
+        return lambda agent, observation: self.forward(agent.params, self.features(observation, agent.observations))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FirstOrderOptions(ActorCriticOptions):
+    """How a gradient moves the networks."""
+
+    optim: Literal["adam", "rmsprop", "sgd"] = "adam"
+    """Adam, RMSprop (as torch has it) or plain steps."""
+    learning_rate: Hyperparameter = 2.5e-4
+    """Step size."""
+    vf_learning_rate: OptionalHyperparameter = None
+    """Step size of the value network; None: learning_rate. Not with a shared trunk."""
+    anneal_lr: bool = True
+    """Lower the learning rates linearly, from update to update, towards zero."""
+    adam_epsilon: Hyperparameter = 1e-5
+    """Added to the root of the second moment, by RMSprop too."""
+    max_grad_norm: Hyperparameter = 0.5
+    """Bound on the global norm of the gradient."""
+
+    def validate_optimizer(self) -> None:
+        """Checks the values."""
+        positive = dict.fromkeys(("learning_rate", "adam_epsilon", "max_grad_norm"), POSITIVE)
+        require_hyperparameters(self, positive | {"vf_learning_rate": POSITIVE_OR_NONE})
+        meant = "None with shared_trunk, whose layers serve both"
+        require("vf_learning_rate", self.vf_learning_rate, meant, lambda rate: rate is None or not self.shared_trunk)
+        require("optim", self.optim, "adam, rmsprop or sgd", lambda name: name in ("adam", "rmsprop", "sgd"))
+
+    def rate(self, remaining: Numeric = 1.0) -> Numeric:
+        """Gives the learning rate of the policy where this share of the run is left."""
+        return annealed(self.learning_rate, remaining, self.anneal_lr)
+
+    def optimizer(self, remaining: Numeric = 1.0) -> optax.GradientTransformation:
+        """Makes the optimizer of one update. Its state does not depend on the learning rates, new ones each update."""
+
+        def rule(rate: Numeric, norm: Numeric | None = None) -> optax.GradientTransformation:
+            rate = annealed(rate, remaining, self.anneal_lr)
+            return make_optimizer(self.optim, learning_rate=rate, max_grad_norm=norm, adam_epsilon=self.adam_epsilon)
+
+        if self.vf_learning_rate is None:
+            return rule(self.learning_rate, self.max_grad_norm)
+        rules: dict[Hashable, optax.GradientTransformation] = {
+            "policy": rule(self.learning_rate),
+            "value": rule(self.vf_learning_rate),
+        }
+        apart = optax.partition(rules, lambda params: {k: "value" if k == "value" else "policy" for k in params})
+        return optax.chain(optax.clip_by_global_norm(self.max_grad_norm), apart)  # pyright: ignore[reportArgumentType]
+
+
+def annealed(value: Numeric, remaining: Numeric, anneal: bool) -> Numeric:
+    """Gives a setting where this share of the run is left: fallen linearly towards 0, or as it is."""
+    return value * remaining if anneal else value
+
+
+def require_hyperparameters(config: Any, names: dict[str, tuple[str, Callable[[Any], bool]]]) -> None:
+    """Checks several settings: {name: (what was meant, test)}."""
+    for name, (meant, holds) in names.items():
+        require(name, getattr(config, name), meant, holds)
+
+
+POSITIVE: tuple[str, Callable[[Any], bool]] = ("positive", lambda value: value > 0)
+NOT_NEGATIVE: tuple[str, Callable[[Any], bool]] = ("at least 0", lambda value: value >= 0)
+SHARE: tuple[str, Callable[[Any], bool]] = ("in [0, 1]", lambda value: 0 <= value <= 1)
+POSITIVE_OR_NONE: tuple[str, Callable[[Any], bool]] = ("positive or None", lambda value: value is None or value > 0)

@@ -1,4 +1,4 @@
-"""PPO on a gymnax environment with discrete actions: CartPole-v1 in half a million steps, in seconds on a CPU.
+"""PPO on a gymnax environment, with discrete or continuous actions: CartPole-v1 in half a million steps, in seconds on a CPU.
 
     jaxrl-llm control ppo --env CartPole-v1 --output-dir runs/ppo
 
@@ -23,37 +23,35 @@ References:
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import optax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array
 
-from jaxrl_llm.advantages import generalized_advantages
-from jaxrl_llm.log_probs import token_entropy, token_log_probs
+from jaxrl_llm.distributions import make_distribution
 from jaxrl_llm.losses import ppo_loss
-from jaxrl_llm.optimizers import make_optimizer
-from jaxrl_llm.recipes.control import runner
-from jaxrl_llm.recipes.control.options import ControlOptions, Hyperparameter, OptionalHyperparameter
-from jaxrl_llm.recipes.control.runner import Curves, RunnerState
+from jaxrl_llm.recipes.control import algorithm, runner
+from jaxrl_llm.recipes.control.algorithm import Curves, RunnerState
+from jaxrl_llm.recipes.control.on_policy import Batch, OnPolicyOptions, make_algorithm
+from jaxrl_llm.recipes.control.options import (
+    NOT_NEGATIVE,
+    POSITIVE,
+    POSITIVE_OR_NONE,
+    FirstOrderOptions,
+    Hyperparameter,
+    OptionalHyperparameter,
+    annealed,
+    require_hyperparameters,
+)
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.reductions import masked_standardize
-from jaxrl_llm.rollouts.environment import (
-    Transition,
-    episode_metrics,
-    make_environment,
-    observation_shape,
-    reset,
-    rollout,
-    stochastic_policy,
-)
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(ControlOptions):
+class Config(OnPolicyOptions, FirstOrderOptions):
     """Settings of PPO. A `Hyperparameter` may be traced; the others shape the program."""
 
     output_dir: str = "runs/control_ppo"
@@ -62,16 +60,10 @@ class Config(ControlOptions):
     """Passes over the collected steps in each update."""
     num_minibatches: int = 4
     """Parts that the collected steps are split into, at random, in each pass."""
-    learning_rate: Hyperparameter = 2.5e-4
-    """Step size of Adam."""
-    anneal_lr: bool = True
-    """Lower the learning rate linearly, from update to update, towards zero."""
-    gamma: Hyperparameter = 0.99
-    """Discount, in [0, 1]."""
-    gae_lambda: Hyperparameter = 0.95
-    """λ of the advantage estimates, in [0, 1]: 0 trusts the value function, 1 the observed returns."""
     clip_eps: Hyperparameter = 0.2
     """Half-width of the interval around 1 that the probability ratio is clipped to."""
+    anneal_clip: bool = False
+    """Lower clip_eps linearly, from update to update, towards zero."""
     vf_clip_eps: OptionalHyperparameter = 0.2
     """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip.
     (Without it the other defaults often fail on CartPole-v1.)"""
@@ -79,32 +71,10 @@ class Config(ControlOptions):
     """Weight of the entropy bonus."""
     vf_coef: Hyperparameter = 0.5
     """Weight of the value loss, one half of the mean squared error."""
-    max_grad_norm: Hyperparameter = 0.5
-    """Bound on the global norm of the gradient."""
-    normalize_advantage: bool = True
-    """Standardise the advantages in each minibatch."""
+    normalize_advantage: Literal["minibatch", "batch", "none"] = "minibatch"
+    """Standardise the advantages in each minibatch, in the whole batch once, or not at all."""
     target_kl: OptionalHyperparameter = None
     """Skip the remaining epochs of an update once the mean KL divergence of an epoch, in nats, exceeds this."""
-
-
-class Batch(NamedTuple):
-    """What an update learns from: steps in any order.
-
-    Attributes:
-        observation: What the policy saw.
-        action: What it did.
-        log_prob: Log-probability of the action when it was taken, nats.
-        value: Prediction of the critic at that time.
-        advantage: How much better than that the action turned out.
-        returns: Target of the critic.
-    """
-
-    observation: Shaped[Array, "batch ..."]
-    action: Int[Array, " batch"]
-    log_prob: Float[Array, " batch"]
-    value: Float[Array, " batch"]
-    advantage: Float[Array, " batch"]
-    returns: Float[Array, " batch"]
 
 
 def validate(config: Config) -> None:
@@ -113,85 +83,40 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_control()
+    config.validate_on_policy()
     require_at_least(1, update_epochs=config.update_epochs, num_minibatches=config.num_minibatches)
-    for name in ("gamma", "gae_lambda"):
-        require(name, getattr(config, name), "in [0, 1]", lambda value: 0 <= value <= 1)
-    for name in ("learning_rate", "clip_eps", "max_grad_norm"):
-        require(name, getattr(config, name), "positive", lambda value: value > 0)
-    for name in ("vf_clip_eps", "target_kl"):
-        require(name, getattr(config, name), "positive or None", lambda value: value is None or value > 0)
-    for name in ("ent_coef", "vf_coef"):
-        require(name, getattr(config, name), "at least 0", lambda value: value >= 0)
-    least = 2 if config.normalize_advantage else 1
+    config.validate_optimizer()
+    require_hyperparameters(
+        config, {"clip_eps": POSITIVE, "vf_clip_eps": POSITIVE_OR_NONE, "target_kl": POSITIVE_OR_NONE}
+    )
+    require_hyperparameters(config, dict.fromkeys(("ent_coef", "vf_coef"), NOT_NEGATIVE))
+    names = get_args(Config.__annotations__["normalize_advantage"])
+    require("normalize_advantage", config.normalize_advantage, f"one of {names}", lambda name: name in names)
+    size, least = config.steps_per_update, 1 if config.normalize_advantage == "none" else 2
     require(
         "num_minibatches",
         config.num_minibatches,
-        f"a divisor of num_envs × num_steps = {config.batch_size} that leaves minibatches of at least {least}",
-        lambda parts: config.batch_size % parts == 0 and config.batch_size // parts >= least,
+        f"a divisor of num_envs × num_steps = {size} that leaves minibatches of at least {least}",
+        lambda parts: size % parts == 0 and size // parts >= least,
     )
 
 
-def _adam(config: Config, learning_rate: Numeric) -> optax.GradientTransformation:
-    """Makes the optimizer of one update. Its state does not depend on the learning rate, a new one each update."""
-    return make_optimizer("adam", learning_rate=learning_rate, max_grad_norm=config.max_grad_norm, adam_epsilon=1e-5)
-
-
-def init(key: Key, config: Config) -> RunnerState:
-    """Makes the state before the first update.
-
-    Args:
-        key: Consumed.
-        config: Settings.
-    """
-    params_key, reset_key = jax.random.split(key)
-    env, env_params = make_environment(config.env)
-    params = config.network().init(params_key, jnp.zeros((1, *observation_shape(env, env_params))))["params"]
-    return RunnerState(
-        train=init_train_state(params, _adam(config, config.learning_rate)),
-        environments=reset(reset_key, env, env_params, config.num_envs),
-        update=jnp.zeros((), jnp.int32),
-    )
-
-
-def make_batch(params: Params, transitions: Transition, config: Config) -> Batch:
-    """Estimates advantages and returns of a rollout, and drops the order of its steps.
-
-    The value of the state that a step led to is that of its `final_observation`: right inside an episode, at a time
-    limit and at the end of the rollout; where the episode terminated it is not used.
-    """
-    apply = config.apply()
-    _, value = apply(params, transitions.observation)
-    _, next_value = apply(params, transitions.final_observation)
-    advantage, returns = generalized_advantages(
-        transitions.reward,
-        value,
-        next_value,
-        transitions.terminated,
-        transitions.truncated,
-        gamma=config.gamma,
-        lam=config.gae_lambda,
-    )
-    batch = Batch(transitions.observation, transitions.action, transitions.log_prob, value, advantage, returns)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), batch)
-
-
-def loss_fn(params: Params, batch: Batch, key: Key, *, config: Config) -> tuple[Scalar, Metrics]:
+def loss_fn(params: Params, batch: Batch, key: Key, *, config: Config, clip_eps: Numeric) -> tuple[Scalar, Metrics]:
     """Computes the loss of a minibatch; see `losses.ppo_loss` for the metrics."""
     del key  # nothing is random here
-    logits, value = config.apply()(params, batch.observation)
-    advantage = batch.advantage
-    if config.normalize_advantage:
+    output, value = config.forward(params, batch.features)
+    policy, advantage = make_distribution(output), batch.advantage
+    if config.normalize_advantage == "minibatch":
         advantage = masked_standardize(advantage, jnp.ones_like(advantage))
     return ppo_loss(
-        token_log_probs(logits, batch.action),
+        policy.log_prob(batch.action),
         batch.log_prob,
         advantage,
         values=value,
         old_values=batch.value,
         returns=batch.returns,
-        entropy=token_entropy(logits),
-        cliprange=config.clip_eps,
+        entropy=policy.entropy(),
+        cliprange=clip_eps,
         cliprange_value=config.vf_clip_eps,
         vf_coef=config.vf_coef,
         entropy_coef=config.ent_coef,
@@ -199,7 +124,7 @@ def loss_fn(params: Params, batch: Batch, key: Key, *, config: Config) -> tuple[
 
 
 def learn(
-    state: TrainState, batch: Batch, config: Config, key: Key, learning_rate: Numeric
+    state: TrainState, batch: Batch, config: Config, key: Key, remaining: Numeric = 1.0
 ) -> tuple[TrainState, Metrics]:
     """Takes the optimizer steps of one update, on shuffled minibatches.
 
@@ -208,14 +133,17 @@ def learn(
         batch: The steps of one rollout.
         config: Settings.
         key: Consumed.
-        learning_rate: Of this update.
+        remaining: Share of the run that is left, for what falls with it.
 
     Returns:
         The new state, and the metrics of the loss, averaged over the minibatches that were learned from, with
-        `optimizer/epochs`, the number of passes.
+        `optimizer/epochs`, the number of passes, and `optimizer/learning_rate`.
     """
-    step = make_train_step(partial(loss_fn, config=config), _adam(config, learning_rate))
+    clip_eps = annealed(config.clip_eps, remaining, config.anneal_clip)
+    step = make_train_step(partial(loss_fn, config=config, clip_eps=clip_eps), config.optimizer(remaining))
     shuffle_key, step_key = jax.random.split(key)
+    if config.normalize_advantage == "batch":
+        batch = batch._replace(advantage=masked_standardize(batch.advantage, jnp.ones_like(batch.advantage)))
 
     def epoch(carry: tuple[TrainState, Array], index: Array) -> tuple[tuple[TrainState, Array], tuple[Metrics, Array]]:
         state, active = carry
@@ -230,38 +158,24 @@ def learn(
     epochs = jnp.arange(config.update_epochs)
     (state, _), (metrics, active) = jax.lax.scan(epoch, (state, jnp.array(True)), epochs)
     metrics = {name: jnp.mean(x, where=active) for name, x in metrics.items()}
-    return state, metrics | {"optimizer/epochs": active.sum()}
+    rate = jnp.asarray(config.rate(remaining))
+    return state, metrics | {"optimizer/epochs": active.sum(), "optimizer/learning_rate": rate}
 
 
 def _shuffle(batch: Batch, key: Key, num_minibatches: int) -> Batch:
     """Splits a batch at random: `[minibatches, batch / minibatches, …]`."""
-    order = jax.random.permutation(key, batch.action.shape[0])
+    order = jax.random.permutation(key, batch.log_prob.shape[0])
     return jax.tree.map(lambda x: x[order].reshape(num_minibatches, -1, *x.shape[1:]), batch)
 
 
-def update(state: RunnerState, config: Config, key: Key) -> tuple[RunnerState, Metrics]:
-    """Collects num_envs × num_steps steps, and learns from them.
-
-    Args:
-        state: From `init`, or the update before.
-        config: Settings.
-        key: Of this update; consumed.
-
-    Returns:
-        The new state, and metrics: those of `learn`, those of `episode_metrics` and `optimizer/learning_rate`.
-    """
-    env, env_params = make_environment(config.env)
-    rollout_key, learn_key = jax.random.split(key)
-    policy = stochastic_policy(config.apply())
-    environments, transitions = rollout(
-        policy, state.train.params, rollout_key, env, env_params, state.environments, config.num_steps
-    )
-    batch = make_batch(state.train.params, transitions, config)
-    remaining = 1 - state.update / config.num_updates if config.anneal_lr else 1.0
-    learning_rate = config.learning_rate * remaining
-    train, metrics = learn(state.train, batch, config, learn_key, learning_rate)
-    metrics |= episode_metrics(transitions) | {"optimizer/learning_rate": jnp.asarray(learning_rate)}
-    return RunnerState(train, environments, state.update + 1), metrics
+ALGORITHM = make_algorithm(
+    "ppo",
+    validate,
+    learn,
+    lambda params, config: init_train_state(params, config.optimizer()),
+    show={"Entropy of the policy (nats)": ["policy/entropy_avg"]},
+)
+init, update = ALGORITHM.init, ALGORITHM.update
 
 
 def train(key: Key, config: Config) -> tuple[RunnerState, Curves]:
@@ -280,7 +194,7 @@ def train(key: Key, config: Config) -> tuple[RunnerState, Curves]:
         >>> metrics["loss"].shape
         (2,)
     """
-    return runner.train(init, update, key, config)
+    return algorithm.train(ALGORITHM, key, config)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -289,5 +203,4 @@ def run(config: Config) -> dict[str, Any]:
     Raises:
         ValueError: If a setting is wrong.
     """
-    validate(config)
-    return runner.run_control(config, init, update, label="ppo")
+    return runner.run_control(config, ALGORITHM)

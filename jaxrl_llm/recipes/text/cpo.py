@@ -17,10 +17,7 @@ from jaxrl_llm.losses import cpo_loss, cross_entropy_loss, sequence_log_probs
 from jaxrl_llm.losses.reference_free import CPOLossType
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    targets,
-)
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
     Batch,
     averaged,

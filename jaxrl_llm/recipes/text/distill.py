@@ -22,16 +22,8 @@ from jaxrl_llm.recipes.options import ModelOptions, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    Task,
-    load_splits,
-    report,
-    require_rows_fit,
-    run_keys,
-    sample_prompts,
-    train_offline,
-)
+from jaxrl_llm.recipes.text.offline import report, require_rows_fit, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, Task, load_splits, sample_prompts
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
 

@@ -18,11 +18,7 @@ from jaxrl_llm.losses import dpo_loss, sequence_log_probs, wpo_weights
 from jaxrl_llm.losses.preference import POINTWISE, SMOOTHED, SORTED, DPOLossType, FDivergence
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    ReferenceOptions,
-    targets,
-)
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, ReferenceOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
     Batch,
     ResponseLogProbs,

@@ -14,10 +14,7 @@ import jax.numpy as jnp
 from jaxrl_llm.losses import cross_entropy_loss, orpo_loss
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    targets,
-)
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
     Batch,
     averaged,

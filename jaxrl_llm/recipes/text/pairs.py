@@ -21,17 +21,8 @@ from jaxrl_llm.losses.preference import PairWeights
 from jaxrl_llm.recipes.options import ModelOptions
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    ReferenceOptions,
-    Task,
-    load_splits,
-    real_rows,
-    report,
-    run_keys,
-    targets,
-    train_offline,
-)
+from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, ReferenceOptions, Task, load_splits, real_rows, targets
 from jaxrl_llm.reductions import token_weights, weighted_sum
 from jaxrl_llm.rollouts import score_tokens
 from jaxrl_llm.training.step import LossFunction, WeightsFunction

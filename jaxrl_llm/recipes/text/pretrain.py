@@ -40,7 +40,8 @@ from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, sizes
-from jaxrl_llm.recipes.text.offline import OfflineOptions, Task, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline import run_keys, train_offline
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, Task
 
 BPE = "bpe:"
 SAMPLE = 2**24

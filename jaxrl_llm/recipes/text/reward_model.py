@@ -41,15 +41,8 @@ from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.statistics import pearson_correlation, wilson_interval
 from jaxrl_llm.recipes.text import pairs
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, require_room, with_adapters
-from jaxrl_llm.recipes.text.offline import (
-    OfflineOptions,
-    Task,
-    load_splits,
-    real_rows,
-    report,
-    run_keys,
-    train_offline,
-)
+from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline_task import OfflineOptions, Task, load_splits, real_rows
 from jaxrl_llm.recipes.text.scoring import in_batches, text_rewards
 from jaxrl_llm.reductions import token_weights
 from jaxrl_llm.types import Key, Metrics, Params, Scalar

@@ -41,17 +41,14 @@ from jaxrl_llm.losses.cross_entropy import SFTLossType
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_model
-from jaxrl_llm.recipes.text.offline import (
+from jaxrl_llm.recipes.text.offline import report, require_rows_fit, run_keys, train_offline
+from jaxrl_llm.recipes.text.offline_task import (
     OfflineOptions,
     Task,
     load_examples,
     load_splits,
     real_rows,
-    report,
-    require_rows_fit,
-    run_keys,
     sample_prompts,
-    train_offline,
 )
 from jaxrl_llm.reductions import token_weights
 from jaxrl_llm.rollouts import score_tokens

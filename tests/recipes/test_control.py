@@ -1,0 +1,275 @@
+"""What holds of every algorithm for environments: probes with known answers, vmap = loop, compiled = eager, errors."""
+
+import dataclasses
+import functools
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrl_llm.recipes.control import a2c, algorithm, dqn, grpo, ppo, reinforce, trpo
+from jaxrl_llm.recipes.control.options import Agent, Hyperparameter, OptionalHyperparameter
+from tests.recipes import probes  # noqa: F401
+from tests.unchecked import unchecked
+
+STEPS = {"num_envs": 4, "num_steps": 16, "hidden_sizes": (16,)}
+EPISODES = {"num_envs": 16, "hidden_sizes": (16,)}
+TINY = {
+    "a2c": (a2c, a2c.Config(**STEPS, total_timesteps=128)),
+    "ppo": (ppo, ppo.Config(**STEPS, total_timesteps=128, update_epochs=2, num_minibatches=2)),
+    "trpo": (trpo, trpo.Config(**STEPS, total_timesteps=128, cg_iters=3, vf_iters=2)),
+    "reinforce": (reinforce, reinforce.Config(**EPISODES, num_updates=2, env_params=("max_steps_in_episode=20",))),
+    "grpo": (grpo, grpo.Config(**EPISODES, num_updates=2, env_params=("max_steps_in_episode=20",))),
+    "dqn": (
+        dqn,
+        dqn.Config(
+            num_envs=4,
+            num_steps=8,
+            hidden_sizes=(16,),
+            total_timesteps=96,
+            learning_starts=30,
+            gradient_steps=3,
+            batch_size=8,
+            buffer_size=64,
+            dueling=True,
+            n_step=2,
+        ),
+    ),
+}
+each = pytest.mark.parametrize("name", TINY)
+
+
+@functools.cache
+def trained(name, seed=0):
+    module, config = TINY[name]
+    return jax.jit(module.train, static_argnums=1)(jax.random.key(seed), config)
+
+
+def probe(name, env, **settings):
+    """Trains on a probe; returns a function of observations: the policy's output and the value, or action values."""
+    module, config = TINY[name]
+    config = dataclasses.replace(config, env=env, env_params=(), **settings)
+    module.validate(config)
+    state, _ = jax.jit(module.train, static_argnums=1)(jax.random.key(0), config)
+    if name == "dqn":
+        return functools.partial(config.q_values, state.train.online.params)
+    return functools.partial(config.apply(), Agent(state.train.params))
+
+
+ENDLESS = {
+    "a2c": {"total_timesteps": 25_600, "learning_rate": 1e-2},
+    "trpo": {"total_timesteps": 6400, "vf_iters": 20, "vf_lr": 1e-2},
+    "reinforce": {"num_updates": 300, "learning_rate": 2e-2, "anneal_lr": False, "max_grad_norm": 100.0},
+    "dqn": {"total_timesteps": 9600, "gradient_steps": 30, "learning_rate": 1e-2, "huber_delta": None},
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_the_value_of_a_reward_that_only_a_time_limit_interrupts_is_that_of_the_endless_sum(name):
+    # 1 / (1 - γ) = 10. Without bootstrapping through the limit of 8 steps it could be at most 5.7.
+    found = probe(name, "Clock-probe", gamma=0.9, **ENDLESS[name])(jnp.ones((1, 1)))
+    values = found if name == "dqn" else found[1]
+    np.testing.assert_allclose(values, jnp.full(values.shape, 10.0), rtol=0.05)
+
+
+CREDIT = {
+    "a2c": {"total_timesteps": 12_800, "learning_rate": 5e-3},
+    "trpo": {"total_timesteps": 3200, "max_kl": 0.05},
+    "reinforce": {"num_updates": 100},
+    "grpo": {"num_updates": 60, "learning_rate": 1e-2},
+    "dqn": {"total_timesteps": 9600, "gradient_steps": 20, "learning_rate": 1e-2, "gamma": 0.5, "anneal_lr": True},
+}
+
+
+@pytest.mark.parametrize("name", CREDIT)
+def test_credit_reaches_the_action_that_earned_a_later_reward(name):
+    found = probe(name, "Match-probe", **CREDIT[name])(jnp.array([[-1.0], [1.0]]))
+    if name == "dqn":
+        np.testing.assert_allclose(found, [[0.5, 0.0], [0.0, 0.5]], atol=0.05)
+    else:
+        assert (jnp.diag(jax.nn.softmax(found[0])) > 0.95).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ppo", {"total_timesteps": 25_600, "learning_rate": 1e-2}),
+        ("trpo", {"total_timesteps": 12_800, "max_kl": 0.05}),
+    ],
+)
+def test_continuous_actions_find_their_target(name, settings):
+    observations = jnp.linspace(-0.9, 0.9, 7)[:, None]
+    (mean, log_std), _ = probe(name, "Reach-probe", **settings)(observations)
+    np.testing.assert_allclose(mean, 0.5 * observations, atol=0.15)
+    assert (jnp.exp(log_std) < 0.5).all()
+
+
+@each
+def test_vmapped_seeds_equal_separate_runs(name):
+    module, config = TINY[name]
+    keys = jax.vmap(jax.random.key)(jnp.arange(2))
+    vmapped = jax.jit(jax.vmap(functools.partial(module.train, config=config)))(keys)
+    for seed in range(2):
+        lane = jax.tree.map(lambda x, seed=seed: x[seed], vmapped)
+        chex.assert_trees_all_close(lane, trained(name, seed), rtol=2e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "ppo"])  # which has a test of its own
+def test_a_compiled_update_equals_the_eager_one(name):
+    module, config = TINY[name]
+    init_key, update_key, _ = algorithm.split_run_key(jax.random.key(0))
+    state = jax.jit(module.ALGORITHM.init, static_argnums=1)(init_key, config)
+    _, eager = module.ALGORITHM.update(state, config, jax.random.fold_in(update_key, 0))
+    first = {name: curve[0] for name, curve in trained(name)[1].items()}
+    chex.assert_trees_all_close(eager, first, rtol=1e-3, atol=1e-5)
+
+
+@each
+def test_every_hyperparameter_may_be_traced(name):
+    module, config = TINY[name]
+    kinds = Hyperparameter, OptionalHyperparameter
+    names = [field.name for field in dataclasses.fields(config) if field.type in kinds]
+    values = {n: 0.5 if getattr(config, n) is None else float(getattr(config, n)) for n in names}
+    if name == "grpo":
+        del values["vf_learning_rate"]
+
+    def train_with(values):
+        return module.train(jax.random.key(0), dataclasses.replace(config, **values))
+
+    assert len(values) >= 5
+    state, metrics = jax.eval_shape(train_with, values)
+    assert state.update.shape == ()
+    assert all(curve.shape == (2,) for curve in metrics.values())
+
+
+@each
+def test_steps_are_counted_exactly(name):
+    _, config = TINY[name]
+    state, metrics = trained(name)
+    assert state.update == 2
+    if name in ("reinforce", "grpo"):
+        assert state.timesteps == (metrics["episode/length_mean"] * config.num_envs).sum()
+    else:
+        assert state.timesteps == {"dqn": 96}.get(name, 128)
+
+
+@each
+def test_normalized_observations_and_rewards_train(name):
+    module, config = TINY[name]
+    if name == "dqn":
+        pytest.skip("DQN reads observations as they are")
+    options = {"normalize_observations": True} | ({"normalize_rewards": True} if hasattr(config, "num_steps") else {})
+    config = dataclasses.replace(config, **options)
+    state, metrics = jax.jit(module.train, static_argnums=1)(jax.random.key(0), config)
+    assert state.normalizers.observations.count == state.timesteps
+    assert np.isfinite(metrics["grad_norm"]).all()
+    # The first rollout is seen as it is: no statistics were there.
+    np.testing.assert_allclose(metrics["episode/length_mean"][0], trained(name)[1]["episode/length_mean"][0], rtol=1e-5)
+
+
+def test_trpo_stays_in_its_trust_region_and_moves_the_value_network_apart():
+    state, metrics = trained("trpo")
+    assert (metrics["trpo/kl"] <= 0.01).all()
+    assert (metrics["trpo/accepted"] == 1).all()
+    module, config = TINY["trpo"]
+    impossible = dataclasses.replace(config, accept_ratio=1e9)
+    start = module.ALGORITHM.init(algorithm.split_run_key(jax.random.key(0))[0], impossible)
+    state, metrics = jax.jit(module.train, static_argnums=1)(jax.random.key(0), impossible)
+    assert (metrics["trpo/accepted"] == 0).all()
+    chex.assert_trees_all_equal(state.train.policy.params, start.train.policy.params)  # not moved, to the bit
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.train.value.params, start.train.value.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_separate_learning_rates_move_policy_and_value_apart():
+    module, config = TINY["ppo"]
+    frozen = dataclasses.replace(config, vf_learning_rate=1e-12, normalize_advantage="batch", anneal_clip=True)
+    start = module.init(algorithm.split_run_key(jax.random.key(0))[0], frozen)
+    state, _ = jax.jit(module.train, static_argnums=1)(jax.random.key(0), frozen)
+    chex.assert_trees_all_close(state.train.params["value"], start.train.params["value"], atol=1e-8)
+    assert (
+        np.abs(
+            state.train.params["policy"]["output"]["kernel"] - start.train.params["policy"]["output"]["kernel"]
+        ).max()
+        > 1e-5
+    )
+
+
+def test_groups_start_in_the_same_state():
+    from jaxrl_llm.recipes.control.episodes import play
+
+    module, config = TINY["grpo"]
+    state = module.ALGORITHM.init(jax.random.key(0), config)
+    episodes, _ = jax.jit(play, static_argnums=(1, 3))(state, config, jax.random.key(1), 8)
+    first = episodes.features[:, 0].reshape(2, 8, 4)
+    np.testing.assert_array_equal(first, first[:, :1] + jnp.zeros_like(first))
+    assert (first[0, 0] != first[1, 0]).all()
+    assert len(np.unique(episodes.action[:8, :5], axis=0)) > 1  # but their actions differ
+    # The same episodes with ratio one: the loss is minus the mean advantage, which is zero.
+    _, metrics = module.learn(state.train, episodes, dataclasses.replace(config, update_epochs=1), jax.random.key(2))
+    np.testing.assert_allclose(metrics["loss"], 0, atol=1e-6)
+
+
+def test_exploration_falls_linearly_and_then_stays():
+    _, config = TINY["dqn"]
+    config = dataclasses.replace(config, total_timesteps=1000, exploration_fraction=0.5, end_e=0.1)
+    state, _ = trained("dqn")
+    found = [dqn.exploration(state._replace(timesteps=jnp.array(steps)), config) for steps in (0, 250, 500, 900)]
+    np.testing.assert_allclose(found, [1.0, 0.55, 0.1, 0.1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("dqn", {"env": "Pendulum-v1"}, "env must be an environment with discrete actions"),
+        ("dqn", {"buffer_size": 10}, "buffer_size must be at least the 32 steps put in at once, got 10"),
+        (
+            "dqn",
+            {"total_timesteps": 60},
+            r"total_timesteps must be at least one update after learning_starts, 32 \+ 32",
+        ),
+        ("dqn", {"tau": 0.0}, r"tau must be in \(0, 1\], got 0.0"),
+        ("trpo", {"shared_trunk": True}, "shared_trunk must be false: the value network would move the policy"),
+        ("trpo", {"max_kl": 0.0}, "max_kl must be positive, got 0.0"),
+        ("trpo", {"backtrack_coef": 1.0}, r"backtrack_coef must be in \(0, 1\), got 1.0"),
+        ("grpo", {"num_envs": 12}, "num_envs must be a multiple of num_generations=8, got 12"),
+        ("grpo", {"loss_type": "dapo"}, "loss_type must be one of"),
+        ("a2c", {"vf_coef": -1.0}, "vf_coef must be at least 0, got -1.0"),
+        ("a2c", {"env": "Acrobat-v1"}, "Did you mean Acrobot-v1"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(name, settings, message):
+    module, config = TINY[name]
+    with pytest.raises(ValueError, match=message):
+        module.run(dataclasses.replace(config, **settings))
+
+
+def test_names_that_are_not_known_are_refused():
+    for name, settings, message in [
+        ("reinforce", {"baseline": "mean"}, "baseline must be value or none, got 'mean'"),
+        ("a2c", {"optim": "lion"}, "optim must be adam, rmsprop or sgd, got 'lion'"),
+        ("ppo", {"normalize_advantage": "all"}, "normalize_advantage must be one of .*got 'all'"),
+    ]:
+        module, config = TINY[name]
+        with unchecked():
+            config = dataclasses.replace(config, **settings)
+        with pytest.raises(ValueError, match=message):
+            module.validate(config)
+
+
+@pytest.mark.parametrize("name", ["trpo", "grpo", "dqn"])
+def test_a_run_resumes_bit_for_bit(name, tmp_path):
+    module, config = TINY[name]
+    config = dataclasses.replace(
+        config, updates_per_step=1, save_steps=1, save_total_limit=9, eval_episodes=2, output_dir=str(tmp_path / "run")
+    )
+    figures = module.run(config)
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(tmp_path / "run/checkpoints/2")
+    assert str(module.run(dataclasses.replace(config, resume=True))) == str(figures)  # which may hold NaN
+    strip = lambda line: line[: line.rindex('"time"')]  # noqa: E731
+    again = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    assert list(map(strip, again)) == list(map(strip, lines))
