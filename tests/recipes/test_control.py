@@ -84,7 +84,9 @@ CREDIT = {
 }
 
 
-@pytest.mark.parametrize("name", CREDIT)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("a2c", "trpo") else n for n in CREDIT]
+)
 def test_credit_reaches_the_action_that_earned_a_later_reward(name):
     found = probe(name, "Match-probe", **CREDIT[name])(jnp.array([[-1.0], [1.0]]))
     if name == "dqn":
@@ -117,7 +119,12 @@ def test_vmapped_seeds_equal_separate_runs(name):
         chex.assert_trees_all_close(lane, trained(name, seed), rtol=2e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if name != "ppo"])  # which has a test of its own
+SLOW = ("a2c", "reinforce", "dqn", "grpo")
+
+
+@pytest.mark.parametrize(
+    "name", ["trpo", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+)  # PPO has its own
 def test_a_compiled_update_equals_the_eager_one(name):
     module, config = TINY[name]
     init_key, update_key, _ = algorithm.split_run_key(jax.random.key(0))
@@ -260,7 +267,7 @@ def test_names_that_are_not_known_are_refused():
             module.validate(config)
 
 
-@pytest.mark.parametrize("name", ["trpo", "grpo", "dqn"])
+@pytest.mark.parametrize("name", ["dqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trpo", "grpo"))])
 def test_a_run_resumes_bit_for_bit(name, tmp_path):
     module, config = TINY[name]
     config = dataclasses.replace(

@@ -234,6 +234,7 @@ def setting(name, **changes):
     )
 
 
+@pytest.mark.slow
 def test_every_loss_type_trains_and_all_but_those_that_sort_survive_micro_batches(unigram):
     model, params, batch = unigram
     optimizer = optax.sgd(1.0)

@@ -165,6 +165,7 @@ def test_a_reward_model_trains_its_head_and_adapters(finished, tmp_path):
     assert not any(jax.tree.leaves(changed))
 
 
+@pytest.mark.slow
 def test_kto_and_distillation_train_adapters_too(finished, tmp_path):
     dataset = finished[0].dataset
     options = TINY | SETTINGS | {"dataset": dataset, "learning_rate": 0.3}
