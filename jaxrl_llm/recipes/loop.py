@@ -41,6 +41,7 @@ def training_loop(
     label: str,
     evaluate: Callable[[State], dict[str, Any]] | None = None,
     sample: Callable[[State, int], list[dict[str, Any]]] | None = None,
+    about: dict[str, Any] | None = None,
     early_stopping: EarlyStopping | None = None,
     show: Sequence[str] = ("loss",),
 ) -> tuple[State, bool]:
@@ -57,6 +58,7 @@ def training_loop(
         label: What is running, for the progress line.
         evaluate: `evaluate(state) -> metrics`, called before the first step, every `eval_steps` and at the end.
         sample: `sample(state, step) -> rows`, called where `evaluate` is; the rows go into samples.jsonl.
+        about: What config.json holds besides the settings.
         early_stopping: Ends the run when evaluations no longer improve. It goes by the metrics that are written, so a
             resumed run ends where an uninterrupted one does.
         show: Metrics of the progress line.
@@ -66,7 +68,7 @@ def training_loop(
     """
     folder = Path(config.output_dir)
     start = checkpoints.latest_step(folder / "checkpoints") if config.resume else None
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite")} | (about or {})
     if start is not None:
         state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
     done = saved = start or 0

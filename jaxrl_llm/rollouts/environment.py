@@ -14,8 +14,10 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -119,17 +121,24 @@ def _import(place: str) -> Callable[[], Any]:
     """
     module_name, _, name = place.rpartition(":")
     try:
-        if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(module_name)
-        return getattr(module, name)
-    except (ImportError, FileNotFoundError, AttributeError, ValueError) as error:
+        module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except (ImportError, FileNotFoundError) as error:
         raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}, and: {error}.") from error
+    if not hasattr(module, name):
+        raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}: {name} is not there.")
+    return getattr(module, name)
+
+
+def _import_file(path: str) -> ModuleType:
+    """Executes a file as a module of its own."""
+    name = f"jaxrl_llm_environment_{Path(path).stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their annotations
+    spec.loader.exec_module(module)
+    return module
 
 
 def _changed(env_params: Any, parameters: tuple[str, ...], env: str) -> Any:
@@ -144,7 +153,10 @@ def _changed(env_params: Any, parameters: tuple[str, ...], env: str) -> Any:
                 f"{', '.join(known)}."
             )
         try:
-            changes[name] = type(known[name])(ast.literal_eval(value))
+            literal = ast.literal_eval(value)
+            changes[name] = type(known[name])(literal)
+            if changes[name] != literal:
+                raise ValueError("another kind of number")
         except (ValueError, SyntaxError, TypeError) as error:
             kind = type(known[name]).__name__
             raise ValueError(

@@ -1,7 +1,7 @@
 """What an environment shows and takes, as arrays: features of an observation, the number of actions, their bounds."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,9 +83,16 @@ def observation_encoder(env: Any, env_params: Any) -> tuple[Callable[[Any], Arra
         keys = list(parts) if isinstance(parts, dict) else range(len(parts))
         encoders = {key: of(parts[key]) for key in keys}
         joined = sum(size for _, size in encoders.values())
-        return lambda tree: jnp.concatenate([encode(tree[key]) for key, (encode, _) in encoders.items()], -1), joined
+        return lambda tree: jnp.concatenate(
+            [encode(_part(tree, key)) for key, (encode, _) in encoders.items()], -1
+        ), joined
 
     return of(env.observation_space(env_params))
+
+
+def _part(tree: Any, key: Any) -> Any:
+    """Takes a part of a mapping, a tuple, or a struct, whose parts are attributes."""
+    return getattr(tree, key) if isinstance(key, str) and not isinstance(tree, Mapping) else tree[key]
 
 
 def _flat(observation: Array, rank: int) -> Array:

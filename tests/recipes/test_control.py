@@ -51,7 +51,7 @@ def trained(name, seed=0):
 def probe(name, env, **settings):
     """Trains on a probe; returns a function of observations: the policy's output and the value, or action values."""
     module, config = TINY[name]
-    config = dataclasses.replace(config, env=env, env_params=(), **settings)
+    config = dataclasses.replace(config, env=env, **({"env_params": ()} | settings))
     module.validate(config)
     state, _ = jax.jit(module.train, static_argnums=1)(jax.random.key(0), config)
     if name == "dqn":
@@ -99,6 +99,7 @@ def test_credit_reaches_the_action_that_earned_a_later_reward(name):
     ("name", "settings"),
     [
         ("ppo", {"total_timesteps": 25_600, "learning_rate": 1e-2}),
+        ("grpo", {"num_updates": 100, "learning_rate": 1e-2, "env_params": ("max_steps_in_episode=1",)}),
         ("trpo", {"total_timesteps": 12_800, "max_kl": 0.05}),
     ],
 )
@@ -244,6 +245,12 @@ def test_exploration_falls_linearly_and_then_stays():
         ("trpo", {"backtrack_coef": 1.0}, r"backtrack_coef must be in \(0, 1\), got 1.0"),
         ("grpo", {"num_envs": 12}, "num_envs must be a multiple of num_generations=8, got 12"),
         ("grpo", {"loss_type": "dapo"}, "loss_type must be one of"),
+        (
+            "reinforce",
+            {"baseline": "none", "vf_learning_rate": 0.1},
+            "vf_learning_rate must be None where baseline is none",
+        ),
+        ("a2c", {"logging_steps": 5}, "logging_steps must be 1: updates_per_step says"),
         ("a2c", {"vf_coef": -1.0}, "vf_coef must be at least 0, got -1.0"),
         ("a2c", {"env": "Acrobat-v1"}, "Did you mean Acrobot-v1"),
     ],

@@ -135,7 +135,7 @@ def test_cartpole_is_solved_in_500k_steps():
     # Where a time limit counts as a fall, the mean is 490.7 and two runs in 24 reach 500. Here 43 in 44 runs reached it;
     # but each is chaotic (another compiler, another run), so the bar is on many.
     _, metrics = jax.jit(jax.vmap(train, in_axes=(0, None)), static_argnums=1)(
-        jax.vmap(jax.random.key)(jnp.arange(8)), Config()
+        jax.vmap(jax.random.key)(jnp.arange(8)), Config(vf_clip_eps=0.2)
     )
     returns = np.asarray(final_training_return(metrics))
     assert np.median(returns) == 500
@@ -258,7 +258,9 @@ def test_resuming_with_steps_of_another_size_is_refused(finished, tmp_path):
     config, _ = finished
     other = dataclasses.replace(config, output_dir=str(tmp_path / "run"), resume=True, updates_per_step=1)
     shutil.copytree(config.output_dir, other.output_dir)
-    with pytest.raises(ValueError, match=r"updates_per_step=1 is not that of the checkpoint, which holds 3 updates"):
+    with pytest.raises(
+        ValueError, match=r"updates_per_step=1 does not go on from the checkpoint, which holds 3 updates"
+    ):
         ppo.run(other)
 
 

@@ -256,13 +256,18 @@ def test_parameters_of_an_environment_are_changed_by_name():
         ValueError, match=r"env_params must be parameters of CartPole-v1, got 'gravty=1'.*Did you mean grav"
     ):
         make_environment("CartPole-v1", ("gravty=1",))
-    with pytest.raises(ValueError, match=r"a value like 9.8 \(float\), got 'gravity'"):
-        make_environment("CartPole-v1", ("gravity",))
+    for wrong in ("gravity", "gravity=strong", "max_steps_in_episode=7.5"):
+        with pytest.raises(ValueError, match=f"env_params must be name=value with a value like .*got '{wrong}'"):
+            make_environment("CartPole-v1", (wrong,))
 
 
 def test_an_environment_of_the_user_is_found_by_its_place(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("from gymnax.environments.classic_control.cartpole import CartPole as Mine")
+    file.write_text(
+        "from __future__ import annotations\nfrom flax import struct\n"
+        "from gymnax.environments.classic_control.cartpole import CartPole as Mine\n"
+        "@struct.dataclass\nclass State:\n    x: float = 0.0\n"
+    )
     env, env_params = make_environment(f"{file}:Mine", ("max_steps_in_episode=3",))
     assert (env.name, env_params.max_steps_in_episode) == ("CartPole-v1", 3)
     assert make_environment("gymnax.environments.classic_control.cartpole:CartPole")[0].name == "CartPole-v1"

@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +41,8 @@ def test_trees_are_joined_leaf_by_leaf():
     joined = encode({"a": jnp.arange(8.0).reshape(2, 2, 2), "b": jnp.array([0, 2])})
     assert size == 7
     np.testing.assert_array_equal(joined, [[0, 1, 2, 3, 1, 0, 0], [4, 5, 6, 7, 0, 0, 1]])
+    struct = collections.namedtuple("struct", "a b")(jnp.ones((1, 2, 2)), jnp.array([2]))
+    np.testing.assert_array_equal(encode(struct), [[1, 1, 1, 1, 0, 0, 1]])
     encode, size = observation_encoder(Shows(spaces.Tuple((three, box))), None)
     np.testing.assert_array_equal(encode((jnp.array([1]), jnp.ones((1, 2, 2)))), [[0, 1, 0, 1, 1, 1, 1]])
 

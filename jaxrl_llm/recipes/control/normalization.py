@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from jaxrl_llm.types import Mask, Numeric
 
 CLIP = 10.0
-"""Largest normalised observation, as in OpenAI's baselines."""
+"""Largest normalised observation and reward, as in OpenAI's baselines. While nothing has been seen, nothing is clipped."""
 
 
 class Moments(NamedTuple):
@@ -81,13 +81,14 @@ def normalize(moments: Moments | None, values: Float[Array, "*batch features"]) 
         return values
     axes = tuple(range(values.ndim - 1))
     mean, variance = (jnp.expand_dims(x, axes) for x in (moments.mean, moments.variance))
-    return jnp.clip((values - mean) * jax.lax.rsqrt(variance + 1e-8), -CLIP, CLIP)
+    scaled = jnp.clip((values - mean) * jax.lax.rsqrt(variance + 1e-8), -CLIP, CLIP)
+    return jnp.where(moments.count > 0, scaled, values)
 
 
 def scale_rewards(
     scale: RewardScale, rewards: Float[Array, "time envs"], done: Bool[Array, "time envs"], *, gamma: Numeric
 ) -> tuple[Float[Array, "time envs"], RewardScale]:
-    r"""Divides rewards by the standard deviation of discounted returns; their mean is left.
+    r"""Divides rewards by the standard deviation of discounted returns, within ±10; their mean is left.
 
     The sum $R_t = \gamma R_{t-1} + r_t$ starts anew after the end of an episode.
 
@@ -109,4 +110,4 @@ def scale_rewards(
     carried, returns = jax.lax.scan(step, scale.returns, (rewards, done))
     moments = update_moments(scale.moments, returns[..., None])
     scaled = jnp.clip(rewards * jax.lax.rsqrt(scale.moments.variance[0] + 1e-8), -CLIP, CLIP)
-    return scaled, RewardScale(carried, moments)
+    return jnp.where(scale.moments.count > 0, scaled, rewards), RewardScale(carried, moments)

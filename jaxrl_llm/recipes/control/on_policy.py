@@ -48,8 +48,8 @@ class OnPolicyOptions(StepOptions, ActorCriticOptions):
     gae_lambda: Hyperparameter = 0.95
     """λ of the advantage estimates, in [0, 1]: 0 trusts the value function, 1 the observed returns."""
     normalize_rewards: bool = False
-    """Divide rewards by the standard deviation of discounted returns, by the statistics of all rollouts before. The
-    reported returns are those of the environment."""
+    """Divide rewards by the standard deviation of discounted returns, within ±10, by the statistics of all rollouts before.
+    The reported returns are those of the environment."""
 
     def validate_on_policy(self) -> None:
         """Checks the values, those of `StepOptions` too."""

@@ -61,7 +61,7 @@ class ControlOptions(RunOptions):
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1
-    """Steps between two lines of metrics."""
+    """Always 1: each step writes a line of metrics, means over its updates."""
     eval_steps: int = 20
     """Steps between two evaluations."""
     save_steps: int = 20
@@ -102,6 +102,8 @@ class ControlOptions(RunOptions):
         self.validate_run()
         names = ["num_envs", "num_seeds", "updates_per_step", "eval_episodes"]
         require_at_least(1, **{name: getattr(self, name) for name in names})
+        meant = "1: updates_per_step says how many updates a line of metrics stands for"
+        require("logging_steps", self.logging_steps, meant, lambda steps: steps == 1)
         require("hidden_sizes", self.hidden_sizes, "widths of at least 1", lambda sizes: all(s >= 1 for s in sizes))
         require("activation", self.activation, f"one of {tuple(ACTIVATIONS)}", lambda name: name in ACTIVATIONS)
         actions_of(*self.environment())
@@ -185,7 +187,7 @@ class ActorCriticOptions(ControlOptions):
     shared_trunk: bool = False
     """One set of hidden layers for policy and value."""
     normalize_observations: bool = False
-    """Show the networks observations with mean 0 and deviation 1, by the statistics of all rollouts before."""
+    """Show the networks observations with mean 0 and deviation 1, within ±10, by the statistics of all rollouts before."""
 
     def network(self) -> ActorCritic:
         """Builds the policy and value networks that fit the environment."""

@@ -15,13 +15,15 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxrl_llm.recipes.control.algorithm import Algorithm
-from jaxrl_llm.recipes.control.runner import AGENTS, make_evaluation, make_lanes, of_lane
+from jaxrl_llm.recipes.control.algorithm import Algorithm, split_run_key
+from jaxrl_llm.recipes.control.runner import make_evaluation, make_lanes, of_lane
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.rollouts.environment import evaluate, reset, rollout
 from jaxrl_llm.training import checkpoints
 
+PLAY = 1_000_003
+"""Folded into the seed: the keys of a run with the same seed are others."""
 WITH_PYGAME = ("CartPole-v1", "Acrobot-v1", "Pendulum-v1", "MountainCar-v0", "MountainCarContinuous-v0")
 DRAWN = (
     *WITH_PYGAME,
@@ -80,23 +82,23 @@ def load_agent(run_dir: str | Path, agent: str = "best") -> Loaded:
         FileNotFoundError: If there is no run.
     """
     folder = Path(run_dir)
-    if not (folder / AGENTS).is_file():
-        raise FileNotFoundError(f"run_dir must be the output_dir of a control run that was made, got {str(run_dir)!r}.")
-    about = json.loads((folder / AGENTS).read_text())
-    names = about["agents"]
-    require("agent", agent, f"best or one of {', '.join(names)}", lambda name: name in ("best", *names))
-    module = importlib.import_module(f"jaxrl_llm.recipes.control.{about['algorithm']}")
-    saved = json.loads((folder / "config.json").read_text())
+    saved = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    if "algorithm" not in saved:
+        raise FileNotFoundError(f"run_dir must be the output_dir of a control run, got {str(run_dir)!r}.")
+    module = importlib.import_module(f"jaxrl_llm.recipes.control.{saved['algorithm']}")
     known = {field.name for field in dataclasses.fields(module.Config)}
     settings = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
     config, algorithm = module.Config(**settings), module.ALGORITHM
     lanes = make_lanes(config)
-    keys = jax.vmap(jax.random.key)(lanes.seeds)
+    names = lanes.names
+    require("agent", agent, f"best or one of {', '.join(names)}", lambda name: name in ("best", *names))
+    # The evaluations' own keys: not those that the run started and updated with.
+    keys = jax.vmap(lambda seed: split_run_key(jax.random.key(seed))[2])(lanes.seeds)
     init = jax.vmap(lambda key, values: algorithm.init(key, of_lane(config, values)))
     like = jax.eval_shape(init, keys, lanes.settings)
     states = checkpoints.restore(folder / "checkpoints", like).state
     if agent == "best":
-        returns = make_evaluation(config, algorithm)(states, keys)["eval/sampled_return"].mean(-1)
+        returns = make_evaluation(config, algorithm, lanes)(states, keys)["eval/sampled_return"].mean(-1)
         agent = names[int(np.argmax(returns))]
     lane = names.index(agent)
     chosen = jax.tree.map(lambda x: x[lane], states)
@@ -120,7 +122,7 @@ def run(config: Config) -> dict[str, Any]:
     loaded = load_agent(config.run_dir, config.agent)
     env, env_params = loaded.config.environment()
     policies = loaded.algorithm.policies(loaded.config)
-    keys = jax.random.split(jax.random.key(config.seed), len(policies))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), PLAY), len(policies))
     figures: dict[str, Any] = {"agent": loaded.name}
     for (name, policy), key in zip(policies.items(), keys, strict=True):
         play = jax.jit(partial(evaluate, policy, env=env, env_params=env_params, num_episodes=config.num_episodes))
@@ -139,6 +141,8 @@ def draw_episode(loaded: Loaded, config: Config) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     states, observations, returns = one_episode(loaded, config)
     Path(config.render).parent.mkdir(parents=True, exist_ok=True)
     env, env_params = loaded.config.environment()
@@ -156,6 +160,7 @@ def draw_episode(loaded: Loaded, config: Config) -> None:
     visualizer.init()
     moments = np.unique(np.linspace(0, len(states) - 1, config.frames).round().astype(int)).tolist()
     _draw_strip(config.render, [_frame(visualizer, moment) for moment in moments])
+    plt.close(visualizer.fig)
 
 
 def _require_pygame(env: str) -> None:
@@ -171,7 +176,7 @@ def one_episode(loaded: Loaded, config: Config) -> tuple[list[Any], list[np.ndar
     """Plays one episode; returns the states of the environment, what the agent read, and the return so far."""
     env, env_params = loaded.config.environment()
     policy = loaded.algorithm.policies(loaded.config)[config.policy]
-    reset_key, key = jax.random.split(jax.random.key(config.seed + 1))
+    reset_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), PLAY + 1))
     step = jax.jit(lambda agent, now, key: rollout(policy, agent, key, env, env_params, now, 1))
     now = reset(reset_key, env, env_params, 1)
     states, observations, returns = [], [], []

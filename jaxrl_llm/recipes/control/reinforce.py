@@ -73,6 +73,8 @@ def validate(config: Config) -> None:
     config.validate_whole_episodes()
     require_hyperparameters(config, {"ent_coef": NOT_NEGATIVE, "vf_coef": NOT_NEGATIVE})
     require("baseline", config.baseline, "value or none", lambda name: name in ("value", "none"))
+    meant = "None where baseline is none: there is no value network"
+    require("vf_learning_rate", config.vf_learning_rate, meant, lambda rate: rate is None or config.baseline == "value")
 
 
 def make_batch(params: Params, episodes: Episodes, config: Config) -> Batch:

@@ -4,7 +4,6 @@ Several runs are made at once: one for each seed, and in a sweep for each seed a
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -29,9 +28,6 @@ from jaxrl_llm.recipes.report import plot_metrics
 from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
 from jaxrl_llm.training.logging import read_metrics
 from jaxrl_llm.types import Key, Metrics
-
-AGENTS = "agents.json"
-"""File of a run that tells the algorithm and the names of its agents, for `play`."""
 
 
 class Lanes(NamedTuple):
@@ -89,7 +85,7 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     init_keys, update_keys, eval_keys = jax.vmap(split_run_key)(jax.vmap(jax.random.key)(lanes.seeds))
     init = jax.vmap(lambda key, settings: algorithm.init(key, of_lane(config, settings)))
     state = jax.jit(init)(init_keys, lanes.settings)
-    evaluations = make_evaluation(config, algorithm)
+    evaluations = make_evaluation(config, algorithm, lanes)
     step = make_step(config, algorithm, lanes)
     planned = {"runs": f"{len(lanes.names)}, {lanes.names[0]} to {lanes.names[-1]}"} if len(lanes.names) > 1 else {}
     facts(f"{algorithm.name} on {config.env}", config.plan() | planned | {"folder": config.output_dir})
@@ -97,17 +93,16 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     def report(state: RunnerState) -> dict[str, Any]:
         return _summary(evaluations(state, eval_keys))
 
-    settings = {"algorithm": algorithm.name, "agents": list(lanes.names)}
     state, complete = training_loop(
         config,
         state,
         lambda state, index: step(state, index, update_keys),
         total_steps=-(-config.num_updates // config.updates_per_step),
         label=algorithm.name,
+        about={"algorithm": algorithm.name},
         evaluate=report,
         show=("timesteps", "episode/return_mean", "eval/greedy_return"),
     )
-    (Path(config.output_dir) / AGENTS).write_text(json.dumps(settings))
     returns = evaluations(state, eval_keys)
     figures = {"timesteps": float(state.timesteps.mean())} | _summary(returns)
     return figures | _conclude(config, algorithm, lanes, returns) if complete else figures
@@ -140,8 +135,9 @@ def make_step(
         done = index * config.updates_per_step
         if int(states.update[0]) != done:
             raise ValueError(
-                f"updates_per_step={config.updates_per_step} is not that of the checkpoint, which holds "
-                f"{states.update[0]} updates after {index} steps. Resume with the settings of its config.json."
+                f"updates_per_step={config.updates_per_step} does not go on from the checkpoint, which holds "
+                f"{states.update[0]} updates after {index} steps. Resume with the settings of its config.json; a run "
+                "whose last step was not a whole one cannot be made longer."
             )
         count = min(config.updates_per_step, config.num_updates - done)
         return updates(states, keys, jnp.array(count))
@@ -149,15 +145,17 @@ def make_step(
     return step
 
 
-def make_evaluation(config: RunConfig, algorithm: Algorithm) -> Callable[[RunnerState, Key], dict[str, Array]]:
+def make_evaluation(
+    config: RunConfig, algorithm: Algorithm, lanes: Lanes
+) -> Callable[[RunnerState, Key], dict[str, Array]]:
     """Makes `evaluate(states, keys) -> {"eval/greedy_return": [runs, episodes], "eval/sampled_return": …}`.
 
     Starts and samples depend on the keys and on how far training is, not on how it went.
     """
     env, env_params = config.environment()
-    policies = algorithm.policies(config)
 
-    def one(state: RunnerState, key: Key) -> dict[str, Array]:
+    def one(state: RunnerState, key: Key, settings: dict[str, Array]) -> dict[str, Array]:
+        policies = algorithm.policies(of_lane(config, settings))
         keys = jax.random.split(jax.random.fold_in(key, state.update), len(policies))
         return {
             f"eval/{name}_return": evaluate(policy, algorithm.agent(state), key, env, env_params, config.eval_episodes)[
@@ -166,7 +164,8 @@ def make_evaluation(config: RunConfig, algorithm: Algorithm) -> Callable[[Runner
             for (name, policy), key in zip(policies.items(), keys, strict=True)
         }
 
-    return jax.jit(jax.vmap(one))
+    evaluate_all = jax.jit(jax.vmap(one))
+    return lambda states, keys: evaluate_all(states, keys, lanes.settings)
 
 
 def _summary(returns: dict[str, Array]) -> dict[str, float]:

@@ -135,8 +135,8 @@ def learn(
     """Takes one step of the policy, and many of the value network.
 
     Returns:
-        The networks, and metrics: those of the last value step, `policy/entropy_avg`, `loss/policy_avg` and the
-        `trpo/…` of `natural_gradient_metrics`.
+        The networks, and metrics: `loss/value_avg` of the last value step, `policy/entropy_avg`, `loss/policy_avg` and
+        the `trpo/…` of `natural_gradient_metrics`.
     """
     del remaining  # nothing is annealed
     advantage = batch.advantage
