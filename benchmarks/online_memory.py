@@ -186,11 +186,16 @@ def make_one(name: str, size: str) -> Update:
 
 
 def compiled_bytes(name: str, size: str) -> dict[str, float]:
-    """Compiles an update from shapes alone; returns its megabytes."""
+    """Compiles an update from shapes alone; returns its figures."""
     update = make_one(name, size)
     state, kept = jax.eval_shape(update.start)
     rows = jax.eval_shape(lambda: make_rows(SIZES[size].vocab_size))
-    memory = jax.jit(update.function, donate_argnums=0).lower(state, kept, rows).compile().memory_analysis()
+    return bytes_of(jax.jit(update.function, donate_argnums=0).lower(state, kept, rows).compile(), state, kept)
+
+
+def bytes_of(compiled: Any, state: Any, kept: Any) -> dict[str, float]:
+    """Tells the megabytes of a compiled update, and how many parameters it trains."""
+    memory = compiled.memory_analysis()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((state, kept)) if hasattr(x, "dtype"))
     figures = {"state_megabytes": held / 1e6, "temporary_megabytes": memory.temp_size_in_bytes / 1e6}
     trained = getattr(state, "train", state).params
@@ -199,7 +204,7 @@ def compiled_bytes(name: str, size: str) -> dict[str, float]:
 
 
 def measure(name: str) -> dict[str, float]:
-    """Runs updates of the smaller model; returns seconds (median of 7) and the peak of resident memory."""
+    """Runs updates of the smaller model; returns megabytes, seconds (median of 7) and the peak of resident memory."""
     update = make_one(name, "small")
     state, kept = jax.jit(update.start)()
     rows = make_rows(SIZES["small"].vocab_size)
@@ -210,7 +215,7 @@ def measure(name: str) -> dict[str, float]:
         state = jax.block_until_ready(compiled(state, kept, rows))
         times.append(time.perf_counter() - started)
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
+    return bytes_of(compiled, *jax.eval_shape(update.start)) | {
         "seconds": float(np.median(times[1:])),
         "peak_resident_megabytes": after / 1e3,
         "peak_before_updates_megabytes": before / 1e3,
@@ -224,13 +229,13 @@ def main() -> None:
         print(json.dumps(measure(config.one)))
         return
     names = [*METHODS, "sft + LoRA", "dpo + LoRA", "grpo with reference + LoRA", "ppo, shared network + LoRA"]
-    size = "small" if config.measured else "gpt2"
     figures: dict[str, Any] = {}
     for name in names:
-        figures[name] = compiled_bytes(name, size)
         if config.measured:
             command = [sys.executable, "-m", "benchmarks.online_memory", "--one", name]
-            figures[name] |= json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            figures[name] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        else:
+            figures[name] = compiled_bytes(name, "gpt2")
         print(name, figures[name], flush=True)
     print(record("online_memory_measured" if config.measured else "online_memory", figures, packages=("flax", "optax")))
 

@@ -11,6 +11,7 @@ from jaxrl_llm.recipes.text.language_model import load_model
 from tests.recipes.runs import TINY, write_rows
 
 
+@pytest.mark.slow
 def test_the_model_of_dpo_is_evaluated_against_what_it_began_as(tmp_path, capsys):
     for name, seed in (("vader_base", 0), ("dpo", 1)):
         options = ModelOptions(**TINY | {"n_positions": 96, "initializer_range": 0.4})

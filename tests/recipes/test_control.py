@@ -42,6 +42,12 @@ TINY = {
 each = pytest.mark.parametrize("name", TINY)
 
 
+def some(*gate):
+    """Parametrizes over all algorithms, of which only these are not slow."""
+    names = [name if name in gate else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+    return pytest.mark.parametrize("name", names)
+
+
 @functools.cache
 def trained(name, seed=0):
     module, config = TINY[name]
@@ -98,8 +104,12 @@ def test_credit_reaches_the_action_that_earned_a_later_reward(name):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("ppo", {"total_timesteps": 25_600, "learning_rate": 1e-2}),
-        ("grpo", {"num_updates": 100, "learning_rate": 1e-2, "env_params": ("max_steps_in_episode=1",)}),
+        pytest.param("ppo", {"total_timesteps": 25_600, "learning_rate": 1e-2}, marks=pytest.mark.slow),
+        pytest.param(
+            "grpo",
+            {"num_updates": 100, "learning_rate": 1e-2, "env_params": ("max_steps_in_episode=1",)},
+            marks=pytest.mark.slow,
+        ),
         ("trpo", {"total_timesteps": 12_800, "max_kl": 0.05}),
     ],
 )
@@ -110,7 +120,7 @@ def test_continuous_actions_find_their_target(name, settings):
     assert (jnp.exp(log_std) < 0.5).all()
 
 
-@each
+@some("trpo", "dqn")
 def test_vmapped_seeds_equal_separate_runs(name):
     module, config = TINY[name]
     keys = jax.vmap(jax.random.key)(jnp.arange(2))
@@ -164,7 +174,7 @@ def test_steps_are_counted_exactly(name):
         assert state.timesteps == {"dqn": 96}.get(name, 128)
 
 
-@each
+@some("ppo", "reinforce")
 def test_normalized_observations_and_rewards_train(name):
     module, config = TINY[name]
     if name == "dqn":
@@ -274,7 +284,8 @@ def test_names_that_are_not_known_are_refused():
             module.validate(config)
 
 
-@pytest.mark.parametrize("name", ["dqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("trpo", "grpo"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trpo", "grpo", "dqn"])  # PPO has a test of its own, not a slow one
 def test_a_run_resumes_bit_for_bit(name, tmp_path):
     module, config = TINY[name]
     config = dataclasses.replace(

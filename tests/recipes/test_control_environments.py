@@ -51,6 +51,7 @@ def test_observations_and_actions_of_all_kinds_are_read(name):
     assert ("log_std" in state.train.params) == (name == "Swimmer-misc")
 
 
+@pytest.mark.slow
 def test_seeds_on_several_devices_and_environments_on_several_devices_give_the_same_run():
     update = jax.jit(ppo.update, static_argnums=1)
     start = ppo.init(jax.random.key(0), TINY)

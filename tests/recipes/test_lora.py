@@ -126,6 +126,7 @@ def test_scoring_by_the_reference_beforehand_gives_the_same_run(finished):
     assert_same_run(finished[0].output_dir, scored.output_dir)
 
 
+@pytest.mark.slow
 def test_early_stopping_keeps_the_best_adapters_of_a_llama(finished, tmp_path, capsys):
     rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in ROWS]
     config = sft.Config(

@@ -92,7 +92,7 @@ def test_each_method_learns_and_leaves_a_model(name, settings, folder):
         assert lines[1]["objective/kl_coef"] != lines[-1]["objective/kl_coef"]
 
 
-@pytest.mark.parametrize("name", ["grpo", "trpo"])
+@pytest.mark.parametrize("name", ["grpo", pytest.param("trpo", marks=pytest.mark.slow)])
 def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     changes = {"lora": True, "target_modules": ("all-linear",), "output_dir": str(folder / f"lora-{name}")}
     changes |= {"max_kl": 0.3, "max_steps": 40} if name == "trpo" else {"learning_rate": 3e-2, "beta": 0.02}
@@ -111,6 +111,7 @@ def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
     assert Path(config.output_dir, "adapter.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_ppo_stopped_by_ctrl_c_resumes_bit_for_bit(settings, folder, monkeypatch):
     whole = config_of(
         "ppo", settings, folder, output_dir=str(folder / "whole"), max_steps=6, save_steps=2, eval_steps=3

@@ -272,6 +272,7 @@ def streamed_rows(folder):
     return write_rows(folder / "many.jsonl", rows)
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_the_run_in_memory_and_resumes_exactly(plain, tmp_path, monkeypatch):
     memory = renamed(plain[0], "memory", dataset=streamed_rows(tmp_path))
     streamed = dataclasses.replace(memory, output_dir=str(tmp_path / "streamed"), streaming=True)
@@ -361,6 +362,7 @@ def test_what_is_learned_of_a_row_is_what_the_settings_say(task_of, tmp_path, ro
     assert model.tokenizer.decode(row.ids[row.loss_mask]) == expected
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_bit_for_bit(tmp_path, programs):
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(10) for b in range(10)]
     options = words(
@@ -419,6 +421,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_no_model(tuned, tmp_path, monkeypatch, c
     assert "Stopped after step 5 of 100; --resume goes on from here." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_chinese_goes_through_gpt2s_bpe_into_a_model_and_back(tmp_path, capsys):
     rows = [{"instruction": "床前明月光", "input": "", "output": "疑是地上霜。"}] * 5
     options = words(

@@ -156,20 +156,17 @@ def test_what_the_optimizer_needs_agrees_with_the_dense_formulas():
 def test_fisher_may_be_estimated_from_some_rows():
     _, params, batch = golden()
     first = {name: array[:1] for name, array in batch.items()}
-    tangent = jax.tree.map(lambda x: jnp.asarray(np.random.default_rng(x.size).normal(size=x.shape), x.dtype), params)
 
+    @functools.partial(jax.jit, static_argnums=1)
     def product(batch, every):
         functions = functions_of(params, batch, fisher_every=every)
-        chosen = fisher_vector_product(functions["distribution_fn"], functions["fisher_fn"], params)(tangent)
-        return chosen, functions["kl_fn"](jax.tree.map(lambda x: x * 1.01, params))
+        outputs = functions["distribution_fn"](params)
+        return outputs, functions["fisher_fn"](outputs, jax.tree.map(jnp.sin, outputs))
 
     # Every third of three rows is the first, and weighs what all did: the mean over its tokens.
-    found, kl = jax.jit(product, static_argnums=1)(batch, 3)
-    of_all, kl_of_all = jax.jit(product, static_argnums=1)(batch, 1)
-    alone, _ = jax.jit(product, static_argnums=1)(first, 1)
-    jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-6), found, alone)
-    close(kl, kl_of_all, rtol=1e-6)
-    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(*map(jax.tree.leaves, (found, of_all)), strict=True))
+    for found, alone in zip(*map(jax.tree.leaves, (product(batch, 3), product(first, 1))), strict=True):
+        assert found.shape == alone.shape
+        close(found, alone, rtol=1e-4, atol=1e-5)
     for every in (0, 4):
         with pytest.raises(ValueError, match=f"fisher_every must be from 1 to the number of rows, 3, got {every}"):
             functions_of(params, batch, fisher_every=every)

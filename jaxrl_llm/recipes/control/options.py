@@ -56,8 +56,8 @@ class ControlOptions(RunOptions):
     num_seeds: int = 1
     """Independent runs at once, with seeds seed, seed + 1, and so on."""
     grid: tuple[str, ...] = ()
-    """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99. Every combination
-    is run with every seed, all as one program."""
+    """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99.
+    Every combination is run with every seed, all as one program."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1

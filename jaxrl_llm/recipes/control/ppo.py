@@ -65,8 +65,8 @@ class Config(OnPolicyOptions, FirstOrderOptions):
     anneal_clip: bool = False
     """Lower clip_eps linearly, from update to update, towards zero."""
     vf_clip_eps: OptionalHyperparameter = None
-    """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip. CleanRL's 0.2 makes
-    the other defaults solve CartPole-v1; where returns are in the hundreds it keeps the critic from following."""
+    """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip.
+    CleanRL's 0.2 makes the other defaults solve CartPole-v1; where returns are large it holds the critic back."""
     ent_coef: Hyperparameter = 0.01
     """Weight of the entropy bonus."""
     vf_coef: Hyperparameter = 0.5

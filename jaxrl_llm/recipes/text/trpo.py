@@ -41,8 +41,8 @@ class Config(OnlineOptions):
     cg_damping: float = 0.1
     """Added to the diagonal of the Fisher matrix."""
     fisher_every: int = 1
-    """The Fisher matrix is estimated from every how many-th completion, which saves that much of the time of conjugate
-    gradients; the KL of the step is that of all. Best without a common divisor with `num_generations`."""
+    """The Fisher matrix is estimated from every how many-th completion: conjugate gradients take that much less time.
+    The KL of the step is that of all completions. Best without a common divisor with `num_generations`."""
     backtrack_coef: float = 0.8
     """Factor between two lengths of the step that are tried."""
     backtrack_iters: int = 10
