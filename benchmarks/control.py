@@ -30,7 +30,7 @@ from benchmarks.plots import band_curves
 from benchmarks.results import FOLDER, record
 from jaxrl_llm.recipes.control import a2c, dqn, grpo, ppo, reinforce, trpo
 from jaxrl_llm.recipes.options import RunOptions
-from jaxrl_llm.rollouts.environment import evaluate
+from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
 
 SOLVED = 475
 
@@ -228,8 +228,7 @@ def trailing_means(means: np.ndarray, counts: np.ndarray, window: int = 100) -> 
 def last_tenth(means: np.ndarray, counts: np.ndarray) -> list[float]:
     """Gives the mean return of the episodes that ended in the last tenth of the updates, for each seed."""
     last = slice(-max(means.shape[1] // 10, 1), None)
-    sums = np.where(counts[:, last] > 0, means[:, last] * counts[:, last], 0).sum(1)
-    return (sums / counts[:, last].sum(1)).tolist()
+    return mean_over_episodes(jnp.array(means[:, last]), jnp.array(counts[:, last])).tolist()
 
 
 def steps_of(config: Any, metrics: dict[str, Any], total: int) -> np.ndarray:

@@ -136,9 +136,9 @@ def _band(
 
     steps, _ = _curve(records, names[0], folder)
     values = np.array([_curve(records, name, folder)[1] for name in names])
-    counts = np.maximum((~np.isnan(values)).sum(0), 1)
-    mean = np.where(counts > 0, np.nansum(values, 0) / counts, np.nan)
-    spread = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(counts - 1, 1) / counts)
+    counts = (~np.isnan(values)).sum(0)
+    mean = np.where(counts > 0, np.nansum(values, 0) / np.maximum(counts, 1), np.nan)
+    spread = np.sqrt(np.nansum((values - mean) ** 2, 0) / np.maximum(counts - 1, 1) / np.maximum(counts, 1))
     return steps, mean, np.where(counts > 1, t.ppf(0.975, np.maximum(counts - 1, 1)) * spread, 0)
 
 

@@ -15,7 +15,8 @@ from jaxrl_llm.recipes.control import algorithm, on_policy, options, ppo
 from jaxrl_llm.recipes.control.on_policy import make_batch
 from jaxrl_llm.recipes.control.options import Agent
 from jaxrl_llm.recipes.control.ppo import Config, init, learn, train, update
-from jaxrl_llm.rollouts.environment import Transition, make_environment, mean_over_episodes
+from jaxrl_llm.rollouts.environment import Transition, mean_over_episodes
+from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.training import checkpoints
 from jaxrl_llm.training.logging import read_metrics
 from tests.recipes import probes  # noqa: F401

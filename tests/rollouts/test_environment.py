@@ -10,13 +10,13 @@ from jaxrl_llm.rollouts.environment import (
     episode_metrics,
     evaluate,
     greedy_policy,
-    make_environment,
     mean_over_episodes,
     play_episodes,
     reset,
     rollout,
     stochastic_policy,
 )
+from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.rollouts.spaces import observation_encoder
 
 ENV, ENV_PARAMS = make_environment("CartPole-v1")

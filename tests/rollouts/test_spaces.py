@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnax.environments import spaces
 
-from jaxrl_llm.rollouts.environment import make_environment
+from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.rollouts.spaces import actions_of, clip_action, observation_encoder
 
 

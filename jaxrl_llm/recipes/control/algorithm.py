@@ -63,7 +63,7 @@ class Algorithm(NamedTuple):
 
 
 def actor_critic_agent(state: RunnerState) -> Agent:
-    """Gives what acts, where `state.train` is the `TrainState` of an actor-critic."""
+    """Gives what acts, where `state.train.params` are those of an actor-critic."""
     return Agent(state.train.params, state.normalizers.observations)
 
 
@@ -105,7 +105,7 @@ def repeat_updates(
         count: How many; may be traced.
 
     Returns:
-        The new state, and the totals of the metrics, see `runner.to_totals`.
+        The new state, and the totals of the metrics, see `to_totals`.
     """
 
     def step(state: RunnerState) -> tuple[RunnerState, Metrics]:

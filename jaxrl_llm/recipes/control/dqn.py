@@ -13,6 +13,7 @@ References:
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,7 +39,7 @@ from jaxrl_llm.recipes.control.options import (
     require_hyperparameters,
 )
 from jaxrl_llm.recipes.options import require, require_at_least
-from jaxrl_llm.rollouts.environment import Policy, episode_metrics, random_policy, reset, rollout
+from jaxrl_llm.rollouts.environment import Policy, episode_metrics, greedy_policy, random_policy, reset, rollout
 from jaxrl_llm.rollouts.replay import Experience, ReplayBuffer, add, init_buffer, n_step_experience, sample
 from jaxrl_llm.rollouts.spaces import actions_of, observation_encoder
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step
@@ -194,17 +195,6 @@ def epsilon_greedy(config: Config) -> Policy:
     return policy
 
 
-def greedy(config: Config) -> Policy:
-    """Makes the policy that takes the action with the highest value."""
-
-    def policy(explorer: Explorer, observation: Any, key: Key) -> tuple[Array, Array]:
-        del key
-        best = jnp.argmax(config.q_values(explorer.params, observation), axis=-1)
-        return best, jnp.zeros(best.shape)
-
-    return policy
-
-
 def init(key: Key, config: Config) -> RunnerState:
     """Makes the state before the first update, and fills the buffer with steps of a random policy.
 
@@ -298,9 +288,14 @@ ALGORITHM = Algorithm(
     init,
     update,
     agent=lambda state: Explorer(state.train.online.params, 0.0),
-    policies=lambda config: {"greedy": greedy(config), "sampled": _at_the_end(config)},
+    policies=lambda config: {"greedy": greedy_policy(_apply(config)), "sampled": _at_the_end(config)},
     show={"Mean value of the actions learned from": ["val/q_avg"]},
 )
+
+
+def _apply(config: Config) -> Callable[[Explorer, Any], tuple[Array, None]]:
+    """Makes what `greedy_policy` takes the best action of."""
+    return lambda explorer, observation: (config.q_values(explorer.params, observation), None)
 
 
 def _at_the_end(config: Config) -> Policy:

@@ -153,7 +153,6 @@ def make_algorithm(
     learn: Learn,
     make_train: Callable[[Params, Any], Any],
     *,
-    agent: Callable[[RunnerState], Agent] = actor_critic_agent,
     show: dict[str, list[str]],
 ) -> Algorithm:
     """Makes an algorithm that learns from each rollout once.
@@ -163,7 +162,6 @@ def make_algorithm(
         validate: `validate(config)` raises a `ValueError` that names a wrong setting.
         learn: What it learns from a batch.
         make_train: `make_train(params, config)`: what is learned, before the first update.
-        agent: What acts, from the state.
         show: More panels of the learning curve.
     """
 
@@ -173,7 +171,7 @@ def make_algorithm(
     def update(state: RunnerState, config: Any, key: Key) -> tuple[RunnerState, Metrics]:
         env, env_params = config.environment()
         rollout_key, learn_key = jax.random.split(key)
-        acting, policy = agent(state), stochastic_policy(config.apply())
+        acting, policy = actor_critic_agent(state), stochastic_policy(config.apply())
         assert state.environments is not None
         environments, transitions = rollout(
             policy, acting, rollout_key, env, env_params, state.environments, config.num_steps
@@ -184,4 +182,4 @@ def make_algorithm(
         new = RunnerState(train, environments, normalizers, state.update, state.timesteps)
         return count_update(new, config.steps_per_update), metrics | episode_metrics(transitions)
 
-    return Algorithm(name, validate, init, update, agent, actor_critic_policies, show)
+    return Algorithm(name, validate, init, update, actor_critic_agent, actor_critic_policies, show)

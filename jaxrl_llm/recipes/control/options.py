@@ -16,7 +16,7 @@ from jaxrl_llm.models import ActorCritic
 from jaxrl_llm.optimizers import make_optimizer
 from jaxrl_llm.recipes.control.normalization import Moments, normalize
 from jaxrl_llm.recipes.options import RunOptions, require, require_at_least
-from jaxrl_llm.rollouts.environment import make_environment
+from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.rollouts.spaces import actions_of, observation_encoder
 from jaxrl_llm.types import Numeric, Params
 

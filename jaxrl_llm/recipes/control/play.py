@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxrl_llm.recipes.control.algorithm import Algorithm, split_run_key
-from jaxrl_llm.recipes.control.runner import make_evaluation, make_lanes, of_lane
+from jaxrl_llm.recipes.control.runner import make_evaluation, make_lanes
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.rollouts.environment import evaluate, reset, rollout
@@ -94,7 +94,7 @@ def load_agent(run_dir: str | Path, agent: str = "best") -> Loaded:
     require("agent", agent, f"best or one of {', '.join(names)}", lambda name: name in ("best", *names))
     # The evaluations' own keys: not those that the run started and updated with.
     keys = jax.vmap(lambda seed: split_run_key(jax.random.key(seed))[2])(lanes.seeds)
-    init = jax.vmap(lambda key, values: algorithm.init(key, of_lane(config, values)))
+    init = jax.vmap(lambda key, values: algorithm.init(key, dataclasses.replace(config, **values)))
     like = jax.eval_shape(init, keys, lanes.settings)
     states = checkpoints.restore(folder / "checkpoints", like).state
     if agent == "best":

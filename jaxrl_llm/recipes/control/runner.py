@@ -57,11 +57,6 @@ def make_lanes(config: RunConfig) -> Lanes:
     return Lanes(names, jnp.array([seed for _ in points for seed in seeds]), settings)
 
 
-def of_lane(config: RunConfig, settings: dict[str, Any]) -> Any:
-    """Gives the settings of one run, which may be traced."""
-    return dataclasses.replace(config, **settings)
-
-
 def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     """Trains with progress, metrics, evaluations, checkpoints and resume; draws the learning curve at the end.
 
@@ -80,10 +75,10 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
         ValueError: If a setting is wrong, or a run is resumed with another number of updates in each step of the run.
     """
     for point in config.points():
-        algorithm.validate(of_lane(config, point))
+        algorithm.validate(dataclasses.replace(config, **point))
     lanes = make_lanes(config)
     init_keys, update_keys, eval_keys = jax.vmap(split_run_key)(jax.vmap(jax.random.key)(lanes.seeds))
-    init = jax.vmap(lambda key, settings: algorithm.init(key, of_lane(config, settings)))
+    init = jax.vmap(lambda key, settings: algorithm.init(key, dataclasses.replace(config, **settings)))
     state = jax.jit(init)(init_keys, lanes.settings)
     evaluations = make_evaluation(config, algorithm, lanes)
     step = make_step(config, algorithm, lanes)
@@ -119,7 +114,7 @@ def make_step(
     @partial(jax.jit, donate_argnums=0)
     def updates(states: RunnerState, keys: Key, count: Int[Array, ""]) -> tuple[RunnerState, Metrics]:
         def one(state: RunnerState, key: Key, settings: dict[str, Array]) -> tuple[RunnerState, Metrics]:
-            return repeat_updates(algorithm, state, of_lane(config, settings), key, count)
+            return repeat_updates(algorithm, state, dataclasses.replace(config, **settings), key, count)
 
         states, totals = jax.vmap(one)(states, keys, lanes.settings)
         runs = len(lanes.names)
@@ -155,12 +150,10 @@ def make_evaluation(
     env, env_params = config.environment()
 
     def one(state: RunnerState, key: Key, settings: dict[str, Array]) -> dict[str, Array]:
-        policies = algorithm.policies(of_lane(config, settings))
+        agent, policies = algorithm.agent(state), algorithm.policies(dataclasses.replace(config, **settings))
         keys = jax.random.split(jax.random.fold_in(key, state.update), len(policies))
         return {
-            f"eval/{name}_return": evaluate(policy, algorithm.agent(state), key, env, env_params, config.eval_episodes)[
-                0
-            ]
+            f"eval/{name}_return": evaluate(policy, agent, key, env, env_params, config.eval_episodes)[0]
             for (name, policy), key in zip(policies.items(), keys, strict=True)
         }
 

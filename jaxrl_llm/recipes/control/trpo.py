@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from jaxrl_llm.distributions import PolicyOutput, make_distribution
+from jaxrl_llm.distributions import DiagonalGaussian, PolicyOutput, make_distribution
 from jaxrl_llm.losses import policy_gradient_loss, value_loss
 from jaxrl_llm.optimizers import (
     categorical_fisher,
@@ -34,7 +34,6 @@ from jaxrl_llm.recipes.control.on_policy import Batch, OnPolicyOptions, make_alg
 from jaxrl_llm.recipes.control.options import (
     NOT_NEGATIVE,
     POSITIVE,
-    Agent,
     Hyperparameter,
     require_hyperparameters,
 )
@@ -182,7 +181,7 @@ def trust_region_functions(policy_of: Any, params: Params, batch: Batch) -> dict
     old = make_distribution(policy_of(params))
     old_log_prob = old.log_prob(batch.action)
     weights = jnp.full(batch.log_prob.shape, 1 / batch.log_prob.size)
-    fisher = gaussian_fisher if isinstance(policy_of(params), tuple) else categorical_fisher
+    fisher = gaussian_fisher if isinstance(old, DiagonalGaussian) else categorical_fisher
 
     def evaluate(params: Params) -> tuple[Array, Array]:
         new = make_distribution(policy_of(params))
@@ -203,7 +202,6 @@ ALGORITHM = make_algorithm(
     validate,
     learn,
     _make_networks,
-    agent=lambda state: Agent(state.train.params, state.normalizers.observations),
     show={
         "Entropy of the policy (nats)": ["policy/entropy_avg"],
         "KL divergence of an update (nats)": ["trpo/kl"],
