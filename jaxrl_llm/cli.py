@@ -4,10 +4,11 @@ The options of a command are the fields of the recipe's `Config`. Nothing heavy 
 XLA's flags are set before jax is.
 """
 
+import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from jaxrl_llm import __version__, xla_cpu
 
@@ -73,7 +74,13 @@ def _run(name: str, options: list[str]) -> None:
     import tyro
 
     module = importlib.import_module(COMMANDS[name][0])
-    config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=module.__doc__, args=options)
+    presets = getattr(module, "PRESETS", {})
+    preset, options = _take_preset(name, options, presets)
+    description = module.__doc__ or ""
+    if presets:
+        description += f"\n--preset NAME sets other defaults, that further options change: {', '.join(presets)}."
+    default = presets.get(preset, tyro.MISSING_NONPROP)
+    config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=description, args=options, default=default)
     try:
         module.run(config)
     except KeyboardInterrupt:
@@ -83,6 +90,17 @@ def _run(name: str, options: list[str]) -> None:
         if os.environ.get("JAXRL_LLM_TRACEBACK"):
             raise
         sys.exit(f"jaxrl-llm {name}: {error}\n(JAXRL_LLM_TRACEBACK=1 shows where.)")
+
+
+def _take_preset(name: str, options: list[str], presets: Collection[str]) -> tuple[str | None, list[str]]:
+    """Finds `--preset NAME` among the options of a command; returns it with the rest."""
+    parser = argparse.ArgumentParser(prog=f"jaxrl-llm {name}", add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset")
+    found, rest = parser.parse_known_args(options)
+    if found.preset is not None and found.preset not in presets:
+        known = f"one of {', '.join(presets)}" if presets else "left out, for this command has none"
+        sys.exit(f"jaxrl-llm {name}: preset must be {known}, got {found.preset!r}.")
+    return found.preset, rest
 
 
 def _overview() -> str:

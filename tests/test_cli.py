@@ -11,6 +11,7 @@ import pytest
 import jaxrl_llm
 from jaxrl_llm import cli, xla_cpu
 from jaxrl_llm.cli import COMMANDS
+from jaxrl_llm.recipes.control import trpo
 from jaxrl_llm.recipes.text import sft
 from tests.recipes.runs import TINY, words, write_rows
 
@@ -113,6 +114,20 @@ def test_an_unknown_command_like_no_other_is_answered_with_all():
 def test_a_wrong_value_is_refused_with_option_value_and_meaning():
     message = refused("sft", "--learning-rate", "-1")
     assert message.startswith("jaxrl-llm sft: learning_rate must be positive, got -1.0.")
+
+
+@pytest.mark.parametrize("words", [["--preset", "guide"], ["--preset=guide"]])
+def test_a_preset_sets_other_defaults_that_options_change(words, monkeypatch):
+    found = []
+    monkeypatch.setattr("jaxrl_llm.recipes.control.trpo.run", found.append)
+    cli.main(["control", "trpo", *words, "--max-kl", "0.02"])
+    assert found == [dataclasses.replace(trpo.PRESETS["guide"], max_kl=0.02)]
+    trpo.validate(found[0])
+
+
+def test_a_preset_that_is_not_there_is_refused():
+    assert "preset must be one of guide, guide-shared, got 'gide'" in refused("control", "ppo", "--preset", "gide")
+    assert "preset must be left out, for this command has none" in refused("generate", "--preset", "guide")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 
 from jaxrl_llm.recipes.control import a2c, algorithm, dqn, grpo, ppo, reinforce, trpo
 from jaxrl_llm.recipes.control.options import Agent, Hyperparameter, OptionalHyperparameter
-from tests.recipes import probes  # noqa: F401
+from tests.recipes import probes
 from tests.unchecked import unchecked
 
 STEPS = {"num_envs": 4, "num_steps": 16, "hidden_sizes": (16,)}
@@ -82,24 +82,36 @@ def test_the_value_of_a_reward_that_only_a_time_limit_interrupts_is_that_of_the_
     np.testing.assert_allclose(values, jnp.full(values.shape, 10.0), rtol=0.05)
 
 
-CREDIT = {
-    "a2c": {"total_timesteps": 12_800, "learning_rate": 5e-3},
-    "trpo": {"total_timesteps": 3200, "max_kl": 0.05},
-    "reinforce": {"num_updates": 100},
-    "grpo": {"num_updates": 60, "learning_rate": 1e-2},
-    "dqn": {"total_timesteps": 9600, "gradient_steps": 20, "learning_rate": 1e-2, "gamma": 0.5, "anneal_lr": True},
+EXAM = {
+    "a2c": {"total_timesteps": 51_200, "learning_rate": 5e-3},
+    "ppo": {"total_timesteps": 12_800, "learning_rate": 1e-2},
+    "trpo": {"total_timesteps": 25_600, "max_kl": 0.05, "vf_iters": 20, "vf_lr": 1e-2},
+    "reinforce": {"num_updates": 500, "num_envs": 32, "max_grad_norm": 10.0},
+    "grpo": {"num_updates": 150, "num_envs": 64},
+    "dqn": {
+        "total_timesteps": 19_200,
+        "gradient_steps": 20,
+        "batch_size": 64,
+        "learning_rate": 1e-2,
+        "anneal_lr": True,
+    },
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("a2c", "trpo") else n for n in CREDIT]
-)
-def test_credit_reaches_the_action_that_earned_a_later_reward(name):
-    found = probe(name, "Match-probe", **CREDIT[name])(jnp.array([[-1.0], [1.0]]))
+@pytest.mark.parametrize("name", EXAM)
+def test_values_actions_and_credit_for_a_later_reward_are_learned_on_six_problems_at_once(name):
+    observation, values, better = probes.exam(0.9)
+    settings = {"gamma": 0.9, "hidden_sizes": (32,)} | EXAM[name]
+    found = probe(name, "Exam-probe", **settings)(observation)
+    matters = np.flatnonzero(better >= 0)
     if name == "dqn":
-        np.testing.assert_allclose(found, [[0.5, 0.0], [0.0, 0.5]], atol=0.05)
-    else:
-        assert (jnp.diag(jax.nn.softmax(found[0])) > 0.95).all()
+        np.testing.assert_allclose(found.max(1), values, atol=0.15)
+        np.testing.assert_array_equal(found.argmax(1)[matters], better[matters])
+        return
+    logits, value = found
+    assert (jax.nn.softmax(logits)[matters, better[matters]] > 0.9).all()
+    if name != "grpo":  # which has no critic
+        np.testing.assert_allclose(value, values, atol=0.2)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,12 @@ def test_credit_reaches_the_action_that_earned_a_later_reward(name):
             marks=pytest.mark.slow,
         ),
         ("trpo", {"total_timesteps": 12_800, "max_kl": 0.05}),
+        pytest.param("a2c", {"total_timesteps": 51_200, "learning_rate": 5e-3}, marks=pytest.mark.slow),
+        pytest.param(
+            "reinforce",
+            {"num_updates": 200, "env_params": ("max_steps_in_episode=1",)},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_continuous_actions_find_their_target(name, settings):
@@ -283,10 +301,23 @@ def test_names_that_are_not_known_are_refused():
             module.validate(config)
 
 
+NORMALIZED = {"normalize_observations": True, "normalize_rewards": True}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["trpo", "grpo", "dqn"])  # PPO has a test of its own, not a slow one
-def test_a_run_resumes_bit_for_bit(name, tmp_path):
+@pytest.mark.parametrize(  # PPO has a test of its own, not a slow one
+    ("name", "settings"),
+    [
+        ("trpo", {"grid": ("max_kl=0.01,0.02",)}),
+        ("grpo", {}),
+        ("dqn", {}),
+        ("reinforce", {"normalize_observations": True}),
+        ("a2c", NORMALIZED | {"grid": ("gamma=0.9,0.99",), "num_seeds": 2}),
+    ],
+)
+def test_a_run_resumes_bit_for_bit(name, settings, tmp_path):
     module, config = TINY[name]
+    config = dataclasses.replace(config, **settings)
     config = dataclasses.replace(
         config, updates_per_step=1, save_steps=1, save_total_limit=9, eval_episodes=2, output_dir=str(tmp_path / "run")
     )

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_llm import cli
-from jaxrl_llm.recipes.control import dqn, play, ppo, trpo
+from jaxrl_llm.recipes.control import dqn, play, ppo, reinforce, trpo
 from tests.recipes import probes  # noqa: F401
 
 DOWNLOADS = ("MNISTBandit-bsuite",)
-PROBES = ("Clock-probe", "Match-probe", "Reach-probe")
+PROBES = ("Clock-probe", "Exam-probe", "Reach-probe")
 NAMES = [name for name in gymnax.registered_envs if name not in (*DOWNLOADS, *PROBES) and "test" not in name]
 TINY = ppo.Config(num_envs=4, num_steps=8, total_timesteps=64, update_epochs=1, num_minibatches=2, hidden_sizes=(8,))
 
@@ -68,16 +69,67 @@ def test_seeds_on_several_devices_and_environments_on_several_devices_give_the_s
     on_devices = jax.pmap(ppo.train, static_broadcasted_argnums=1)(make_keys(jnp.arange(2)), TINY)
     on_one = jax.jit(jax.vmap(lambda key: ppo.train(key, TINY)))(make_keys(jnp.arange(2)))
     chex.assert_trees_all_close(jax.device_get(on_devices), jax.device_get(on_one), rtol=1e-4, atol=1e-5)
+    mesh = jax.make_mesh((2,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    seeds = PartitionSpec("seeds")
+    mapped = jax.shard_map(jax.vmap(lambda key: ppo.train(key, TINY)), mesh=mesh, in_specs=seeds, out_specs=seeds)
+    chex.assert_trees_all_close(
+        jax.device_get(jax.jit(mapped)(make_keys(jnp.arange(2)))), jax.device_get(on_one), rtol=1e-4, atol=1e-5
+    )
+
+
+SWEEP = (
+    "sweep ppo --num-envs 2 --num-steps 16 --total-timesteps 64 --update-epochs 1 --num-minibatches 2 --hidden-sizes 8 "
+)
+GRID = "--grid learning-rate=1e-3,1e-2 --num-seeds 2 --eval-episodes 3 "
 
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory):
     """A sweep of two learning rates with two seeds, by the command line."""
     folder = tmp_path_factory.mktemp("sweep") / "run"
-    words = "sweep ppo --num-envs 2 --num-steps 16 --total-timesteps 64 --update-epochs 1 --num-minibatches 2"
-    options = f"--grid learning-rate=1e-3,1e-2 --num-seeds 2 --eval-episodes 3 --hidden-sizes 8 --output-dir {folder}"
-    cli.main([*words.split(), *options.split()])
+    cli.main([*(SWEEP + GRID).split(), "--output-dir", str(folder)])
     return folder
+
+
+def last_metrics(folder):
+    line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return {name: value for name, value in line.items() if name != "time"}
+
+
+def test_the_runs_of_a_sweep_are_divided_over_devices(swept, tmp_path):
+    cli.main([*(SWEEP + GRID).split(), "--output-dir", str(tmp_path / "run"), "--num-devices", "4"])
+    chex.assert_trees_all_close(last_metrics(tmp_path / "run"), last_metrics(swept), rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("normalize", [[], ["--normalize-observations", "--normalize-rewards"]])
+def test_the_environments_of_a_run_are_divided_over_devices_and_a_checkpoint_moves_between_them(tmp_path, normalize):
+    words = [*SWEEP.split(), "--eval-episodes", "3", "--updates-per-step", "1", "--save-steps", "1", *normalize]
+    for devices in (1, 2):
+        cli.main([*words, "--output-dir", str(tmp_path / f"on_{devices}"), "--num-devices", str(devices)])
+    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4)
+    shutil.rmtree(tmp_path / "on_2/checkpoints/2")
+    cli.main([*words, "--output-dir", str(tmp_path / "on_2"), "--num-devices", "1", "--resume"])
+    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("module", "settings", "message"),
+    [
+        (ppo, {"num_devices": 99}, "num_devices must be at most 8, the devices that are here, got 99"),
+        (ppo, {"num_devices": 3}, "num_devices must be a divisor of the number of runs, 1, or of num_envs=4, got 3"),
+        (
+            reinforce,
+            {"num_devices": 2, "num_seeds": 3},
+            "num_devices must be a divisor of the number of runs, 3, got 2",
+        ),
+    ],
+)
+def test_devices_that_cannot_share_the_work_are_refused(module, settings, message, tmp_path):
+    base = {"num_envs": 4, "hidden_sizes": (8,), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=message):
+        module.run(module.Config(**base, **settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_sweep_trains_every_point_of_the_grid_with_every_seed(swept):

@@ -79,15 +79,6 @@ def test_the_value_of_a_reward_that_only_a_time_limit_interrupts_is_that_of_the_
     np.testing.assert_allclose(value, 10, rtol=0.05)
 
 
-def test_credit_reaches_the_action_that_earned_a_later_reward():
-    apply = trained_on_probe("Match-probe", gamma=0.5, gae_lambda=1.0)
-    logits, value = apply(jnp.array([[-1.0], [1.0], [0.0]]))
-    probs = jax.nn.softmax(logits)
-    assert probs[0, 0] > 0.95
-    assert probs[1, 1] > 0.95
-    np.testing.assert_allclose(value, [0.5, 0.5, 1.0], atol=0.1)  # the reward is one step away, or now
-
-
 def test_advantages_bootstrap_from_the_final_observation_at_a_truncation_and_from_nothing_at_a_termination(tiny):
     rng = np.random.default_rng(0)
     params = tiny[0].train.params

@@ -58,6 +58,9 @@ class ControlOptions(RunOptions):
     grid: tuple[str, ...] = ()
     """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99.
     Every combination is run with every seed, all as one program."""
+    num_devices: int = 1
+    """Devices that share the work. Runs are divided over them; where their number does not divide evenly, the
+    environments of each run are, which gives the same run as one device does."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1
@@ -100,7 +103,7 @@ class ControlOptions(RunOptions):
     def validate_control(self) -> None:
         """Checks the values, those of `RunOptions` too."""
         self.validate_run()
-        names = ["num_envs", "num_seeds", "updates_per_step", "eval_episodes"]
+        names = ["num_envs", "num_seeds", "num_devices", "updates_per_step", "eval_episodes"]
         require_at_least(1, **{name: getattr(self, name) for name in names})
         meant = "1: updates_per_step says how many updates a line of metrics stands for"
         require("logging_steps", self.logging_steps, meant, lambda steps: steps == 1)

@@ -77,6 +77,22 @@ class Config(OnPolicyOptions, FirstOrderOptions):
     """Skip the remaining epochs of an update once the mean KL divergence of an epoch, in nats, exceeds this."""
 
 
+_GUIDE = Config(
+    num_envs=1,
+    num_steps=2048,
+    update_epochs=10,
+    num_minibatches=32,
+    activation="relu",
+    learning_rate=3e-4,
+    anneal_lr=False,
+)
+PRESETS = {
+    "guide": dataclasses.replace(_GUIDE, vf_learning_rate=1e-3),
+    "guide-shared": dataclasses.replace(_GUIDE, shared_trunk=True, hidden_sizes=(128, 128)),
+}
+"""`--preset NAME`: the settings of a widespread tutorial, two networks or one with two heads, in one environment."""
+
+
 def validate(config: Config) -> None:
     """Checks the values of the settings, which must be plain numbers here.
 

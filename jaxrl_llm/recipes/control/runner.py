@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from jaxrl_llm.recipes.control.algorithm import (
@@ -23,6 +24,7 @@ from jaxrl_llm.recipes.control.algorithm import (
 )
 from jaxrl_llm.recipes.control.options import RunConfig
 from jaxrl_llm.recipes.loop import training_loop
+from jaxrl_llm.recipes.options import require
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.report import plot_metrics
 from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
@@ -79,7 +81,7 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     lanes = make_lanes(config)
     init_keys, update_keys, eval_keys = jax.vmap(split_run_key)(jax.vmap(jax.random.key)(lanes.seeds))
     init = jax.vmap(lambda key, settings: algorithm.init(key, dataclasses.replace(config, **settings)))
-    state = jax.jit(init)(init_keys, lanes.settings)
+    state = place(jax.jit(init)(init_keys, lanes.settings), config)
     evaluations = make_evaluation(config, algorithm, lanes)
     step = make_step(config, algorithm, lanes)
     planned = {"runs": f"{len(lanes.names)}, {lanes.names[0]} to {lanes.names[-1]}"} if len(lanes.names) > 1 else {}
@@ -101,6 +103,33 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     returns = evaluations(state, eval_keys)
     figures = {"timesteps": float(state.timesteps.mean())} | _summary(returns)
     return figures | _conclude(config, algorithm, lanes, returns) if complete else figures
+
+
+def place(states: RunnerState, config: RunConfig) -> RunnerState:
+    """Divides the states of all runs over `num_devices` devices; the compiled program follows where they lie.
+
+    Each device has whole runs, if they divide evenly: then nothing is exchanged. Else each has a share of the environments
+    of every run, and the rest is on all.
+
+    Raises:
+        ValueError: If neither divides, or there are not so many devices.
+    """
+    number, runs = config.num_devices, states.update.shape[0]
+    if number == 1:
+        return states
+    meant = f"at most {jax.device_count()}, the devices that are here"
+    require("num_devices", number, meant, lambda number: number <= jax.device_count())
+    mesh = jax.make_mesh((number,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:number])
+    if runs % number == 0:
+        return jax.device_put(states, NamedSharding(mesh, PartitionSpec("data")))
+    meant = f"a divisor of the number of runs, {runs}"
+    if states.environments is None:
+        require("num_devices", number, meant, lambda _: False)
+    meant = f"{meant}, or of num_envs={config.num_envs}"
+    require("num_devices", number, meant, lambda number: config.num_envs % number == 0)
+    by_environment = NamedSharding(mesh, PartitionSpec(None, "data"))
+    rest = jax.device_put(states._replace(environments=None), NamedSharding(mesh, PartitionSpec()))
+    return rest._replace(environments=jax.device_put(states.environments, by_environment))
 
 
 def make_step(
