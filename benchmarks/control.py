@@ -5,8 +5,8 @@
     python -m benchmarks.control trpo_bounds                # TRPO with three bounds on the KL divergence
 
 All seeds of a case are one compiled program (`jax.vmap(train)`). Reported are the mean return of the episodes that ended in the
-last tenth of training (sampled actions), the greedy return of fresh episodes, and the step at which the last 100 training
-episodes first had a mean of at least 475 (CartPole).
+last tenth of training (sampled actions), the greedy return of fresh episodes, and, on CartPole, the step at which the last 100
+training episodes first had a mean of at least 475, and that at which the episodes of one update had.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ from jaxrl_llm.recipes.options import RunOptions
 from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
 
 SOLVED = 475
+EPISODES = 300
 
 
 class Conflated(CartPole):
@@ -79,26 +80,41 @@ CASES: dict[str, Case] = {
     "reinforce_cartpole": Case(reinforce, reinforce.Config(), "nobody"),
     "a2c_cartpole": Case(a2c, a2c.Config(), "rl-zoo 500 ± 0 (greedy, 500k steps)"),
     "dqn_cartpole": Case(dqn, dqn.Config(), "rl-zoo 500 ± 0 (greedy, 50k steps)"),
+    "ppo_guide": Case(ppo, dataclasses.replace(ppo.PRESETS["guide"], total_timesteps=200_000), "no figure"),
+    "ppo_guide_shared": Case(
+        ppo, dataclasses.replace(ppo.PRESETS["guide-shared"], total_timesteps=200_000), "no figure"
+    ),
+    "trpo_guide": Case(trpo, trpo.PRESETS["guide"], "no figure"),
     "ppo_pendulum": Case(
         ppo,
         ppo.Config(
             env="Pendulum-v1",
             total_timesteps=100_000,
             num_envs=4,
-            num_steps=1024,
+            num_steps=256,
             update_epochs=10,
-            num_minibatches=64,
-            gamma=0.9,
+            num_minibatches=16,
+            gamma=0.97,
             ent_coef=0.0,
             vf_coef=1.0,
+            normalize_rewards=True,
             learning_rate=1e-3,
-            anneal_lr=False,
         ),
         "rl-zoo -172 (greedy, 100k steps)",
     ),
     "trpo_pendulum": Case(
         trpo,
-        trpo.Config(env="Pendulum-v1", total_timesteps=100_000, num_envs=2, num_steps=1024, gamma=0.9, gae_lambda=0.95),
+        trpo.Config(
+            env="Pendulum-v1",
+            total_timesteps=100_000,
+            num_envs=4,
+            num_steps=256,
+            gamma=0.95,
+            gae_lambda=0.95,
+            normalize_rewards=True,
+            max_kl=0.005,
+            cg_damping=0.01,
+        ),
         "rl-zoo -174.6 (greedy, 100k steps)",
     ),
     "ppo_acrobot": Case(
@@ -136,6 +152,19 @@ CASES: dict[str, Case] = {
         ),
         "rl-zoo -110.4 (greedy, 1M steps)",
     ),
+    "ppo_breakout": Case(
+        ppo,
+        ppo.Config(
+            env="Breakout-MinAtar",
+            total_timesteps=10_000_000,
+            num_envs=64,
+            num_steps=128,
+            num_minibatches=8,
+            activation="relu",
+            learning_rate=1e-3,
+        ),
+        "gymnax 28 (PPO, 10M steps)",
+    ),
 }
 
 
@@ -154,8 +183,8 @@ class Result(NamedTuple):
 
     Attributes:
         figures: To record.
-        steps: Environment steps at each update, mean over seeds.
-        curves: Mean return of the last 100 training episodes at each update, [seeds, updates].
+        steps: Environment steps, evenly spaced.
+        curves: Mean return of the last 100 training episodes there, [seeds, steps].
     """
 
     figures: dict[str, Any]
@@ -172,10 +201,10 @@ def run_case(case: Case, seeds: int) -> Result:
     started = time.perf_counter()
     state, metrics = jax.block_until_ready(compiled(keys))
     seconds = time.perf_counter() - started
-    greedy = greedy_returns(case, state, 300)
     means, counts = (np.asarray(metrics[f"episode/{name}"]) for name in ("return_mean", "count"))
     curves = trailing_means(means, counts)
     steps = steps_of(config, metrics, int(state.timesteps.mean()))
+    greedy = greedy_returns(case, state, EPISODES)
     final = last_tenth(means, counts)
     figures = {
         "settings": {k: v for k, v in dataclasses.asdict(config).items() if k not in HOST_SIDE},
@@ -183,6 +212,7 @@ def run_case(case: Case, seeds: int) -> Result:
         "timesteps": float(state.timesteps.mean()),
         "train_return": final,
         "train_return_mean": float(np.mean(final)),
+        "greedy_episodes": EPISODES,
         "greedy_return": greedy.mean(1),
         "greedy_return_mean": float(greedy.mean()),
         "seconds": seconds,
@@ -192,10 +222,15 @@ def run_case(case: Case, seeds: int) -> Result:
         solved = [steps[i, np.argmax(c >= SOLVED)] if (c >= SOLVED).any() else None for i, c in enumerate(curves)]
         figures["solved_at"] = [None if x is None else float(x) for x in solved]
         figures["solved"] = sum(x is not None for x in solved)
-    return Result(figures, steps.mean(0), curves)
+        first = [steps[i, np.argmax(m >= SOLVED)] if (m >= SOLVED).any() else None for i, m in enumerate(means)]
+        figures["update_solved_at"] = [None if x is None else float(x) for x in first]
+    common = np.linspace(0, steps[:, -1].min(), steps.shape[1])  # whole episodes take each seed another number of steps
+    curves = np.stack([np.interp(common, x, y, left=np.nan) for x, y in zip(steps, curves, strict=True)])
+    return Result(figures, common, curves)
 
 
-HOST_SIDE = {field.name for field in dataclasses.fields(RunOptions)} | {"grid", "num_seeds", "updates_per_step"}
+HOST_SIDE = {field.name for field in dataclasses.fields(RunOptions)}
+HOST_SIDE |= {"grid", "num_seeds", "num_devices", "updates_per_step", "eval_episodes"}
 """Settings that `train` does not read."""
 
 

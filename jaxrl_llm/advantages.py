@@ -257,7 +257,7 @@ def token_returns(
     """
     mask = jnp.asarray(mask) != 0
     discounts = jnp.where(mask, gamma, 1).astype(rewards.dtype)
-    returns = discounted_returns(jnp.where(mask, rewards, 0).T, discounts.T, 0.0).T
+    returns = discounted_returns(jnp.where(mask, rewards, 0).T, discounts.T, jnp.zeros_like(rewards[:, 0])).T
     return jnp.where(mask, returns, 0)
 
 
@@ -285,10 +285,7 @@ def reinforce_plus_plus_advantages(
     References:
         Hu et al., 2025, eq. 9 and 10. https://arxiv.org/abs/2501.03262
     """
-    mask = jnp.asarray(mask) != 0
-    discounts = jnp.where(mask, gamma, 1).astype(rewards.dtype)
-    returns = discounted_returns(jnp.where(mask, rewards, 0).T, discounts.T, jnp.zeros_like(rewards[:, 0])).T
-    return masked_standardize(returns, mask, epsilon=epsilon, axis_name=axis_name)
+    return masked_standardize(token_returns(rewards, mask, gamma=gamma), mask, epsilon=epsilon, axis_name=axis_name)
 
 
 class GroupSelection(NamedTuple):

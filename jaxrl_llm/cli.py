@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"jaxrl-llm {__version__}")
         return
     if words[:1] == ["sweep"]:
+        if words[1:2] in (["tabular"], ["play"]):
+            sys.exit(f"jaxrl-llm sweep: {words[1]} trains no agents; name an algorithm, such as ppo.")
         words[0] = "control"
     if not words or words[0] in ("-h", "--help"):
         print(_overview())

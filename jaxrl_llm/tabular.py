@@ -204,8 +204,9 @@ def frozen_lake(rows: Sequence[str] = FROZEN_LAKE, *, is_slippery: bool = True, 
         >>> round(float(value_iteration(frozen_lake()).values[0]), 3)
         0.542
     """
-    fields = np.array([list(row) for row in rows if len(row) == len(rows[0])])
-    if fields.shape != (len(rows), len(rows[0])) or not set(fields.ravel()) <= set("SFHG") or "S" not in fields:
+    equal = len(set(map(len, rows))) == 1
+    fields = np.array([list(row) for row in rows]) if equal else np.array([])
+    if not set(fields.ravel()) <= set("SFHG") or "S" not in fields:
         raise ValueError(f"rows must have equal lengths, letters of S, F, H, G and an S, got {rows!r}.")
     height, width = fields.shape
     letters, states = fields.ravel(), np.arange(fields.size)

@@ -105,6 +105,10 @@ def test_an_unknown_command_is_answered_with_the_nearest(asked, nearest):
     assert "usage: jaxrl-llm COMMAND" in message
 
 
+def test_what_trains_no_agents_has_no_sweep():
+    assert refused("sweep", "play") == "jaxrl-llm sweep: play trains no agents; name an algorithm, such as ppo."
+
+
 def test_an_unknown_command_like_no_other_is_answered_with_all():
     message = refused("xyzzy")
     assert "there is no command 'xyzzy'.\n" in message
@@ -123,6 +127,13 @@ def test_a_preset_sets_other_defaults_that_options_change(words, monkeypatch):
     cli.main(["control", "trpo", *words, "--max-kl", "0.02"])
     assert found == [dataclasses.replace(trpo.PRESETS["guide"], max_kl=0.02)]
     trpo.validate(found[0])
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name.startswith("control")])
+def test_every_preset_is_a_run_that_can_be_made(command):
+    module = importlib.import_module(COMMANDS[command][0])
+    for config in getattr(module, "PRESETS", {}).values():
+        module.validate(config)
 
 
 def test_a_preset_that_is_not_there_is_refused():

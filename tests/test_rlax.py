@@ -17,7 +17,7 @@ from jaxrl_llm.rollouts.replay import n_step_experience
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # its imports use names that jax has deprecated
-    rlax = pytest.importorskip("rlax")
+    import rlax
 
 pytestmark = pytest.mark.filterwarnings("ignore:Rlax:PendingDeprecationWarning")
 TIME, ENVS, ACTIONS = 7, 3, 4

@@ -49,7 +49,8 @@ def q_learning_loss(
     """
     weights = row_weights(rewards, axis_name=axis_name) if weights is None else weights
     chosen = jnp.argmax(next_q_values if next_q_online is None else next_q_online, axis=1)
-    target = jax.lax.stop_gradient(rewards + discounts * _take(next_q_values, chosen))
+    future = jnp.where(discounts > 0, _take(next_q_values, chosen), 0)  # what comes after the end may be anything
+    target = jax.lax.stop_gradient(rewards + discounts * future)
     predicted = _take(q_values, actions)
     error = predicted - target
     squares = error**2 / 2

@@ -55,7 +55,6 @@ class ActorCritic(nn.Module):
             too, so a trust region on the policy no longer holds.
         continuous: The policy is a Gaussian: its output is (mean, log_std), and the parameters `log_std` do not depend
             on the observation.
-        observation_rank: How many of the last axes of the input are one observation; they are flattened.
 
     Example:
         >>> import jax
@@ -71,21 +70,19 @@ class ActorCritic(nn.Module):
     activation: Callable[[Array], Array] = jnp.tanh
     shared_trunk: bool = False
     continuous: bool = False
-    observation_rank: int = 1
 
     @nn.compact
-    def __call__(self, observation: Num[Array, "..."]) -> tuple[PolicyOutput, Float[Array, "*batch"]]:
+    def __call__(self, observation: Num[Array, "*batch features"]) -> tuple[PolicyOutput, Float[Array, "*batch"]]:
         """Computes the policy's output and the value.
 
         Args:
             observation: Observations, with any number of batch axes in front; whole numbers are read as floats.
-                (Categories and trees become arrays by `rollouts.spaces.observation_encoder`.)
+                (Boards, categories and trees become vectors by `rollouts.spaces.observation_encoder`.)
 
         Returns:
             Unnormalised log-probabilities of the actions, or (mean, log_std); and the expected discounted return.
         """
-        batch_shape = observation.shape[: observation.ndim - self.observation_rank]
-        features = observation.reshape(*batch_shape, -1).astype(jnp.promote_types(observation.dtype, jnp.float32))
+        features = observation.astype(jnp.promote_types(observation.dtype, jnp.float32))
         hidden_sizes = self.hidden_sizes
         if self.shared_trunk:
             features, hidden_sizes = MLP(hidden_sizes, self.activation, name="trunk")(features), ()

@@ -47,9 +47,40 @@ def make_environment(name: str, parameters: tuple[str, ...] = ()) -> tuple[Any, 
             f"names: {', '.join(gymnax.registered_envs)}."
         )
     with jax.ensure_compile_time_eval():  # It may be made while a function is traced, and looks at arrays of its own.
-        env = _import(name)() if ":" in name else gymnax.make(name)[0]
+        env = _make_imported(name) if ":" in name else _make_registered(name)
         env_params = env.default_params
     return env, _changed(env_params, parameters, name)
+
+
+def _make_registered(name: str) -> Any:
+    """Makes one of gymnax's environments.
+
+    Raises:
+        ValueError: If it cannot be made here; one of them downloads its data.
+    """
+    import gymnax
+
+    try:
+        return gymnax.make(name)[0]
+    except OSError as error:
+        raise ValueError(f"env must be an environment that can be made here, got {name!r}, and: {error}.") from error
+
+
+def _make_imported(place: str) -> Any:
+    """Imports and calls what "module:Name" or "file.py:Name" says.
+
+    Raises:
+        ValueError: If it is not there, or makes no environment.
+    """
+    made = _import(place)
+    try:
+        env = made()
+    except TypeError as error:
+        meant = "a class or function without arguments that makes a gymnax environment"
+        raise ValueError(f"env must be {meant}, got {place!r}, and: {error}.") from error
+    if not hasattr(env, "default_params"):
+        raise ValueError(f"env must make a gymnax environment, got {place!r}, which makes {type(env).__name__}.")
+    return env
 
 
 def _import(place: str) -> Callable[[], Any]:
@@ -61,7 +92,12 @@ def _import(place: str) -> Callable[[], Any]:
     module_name, _, name = place.rpartition(":")
     try:
         module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except (ImportError, FileNotFoundError) as error:
+    except (
+        ImportError,
+        FileNotFoundError,
+        TypeError,
+        ValueError,
+    ) as error:  # the last two are for no or a relative name
         raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}, and: {error}.") from error
     if not hasattr(module, name):
         raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}: {name} is not there.")
@@ -86,6 +122,8 @@ def _changed(env_params: Any, parameters: tuple[str, ...], env: str) -> Any:
     changes = {}
     for parameter in parameters:
         name, _, value = parameter.partition("=")
+        if name in changes:
+            raise ValueError(f"env_params must name each parameter once, got {name} twice.")
         if name not in known:
             raise ValueError(
                 f"env_params must be parameters of {env}, got {parameter!r}. {_nearest(name, known)}All names: "

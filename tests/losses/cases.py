@@ -19,6 +19,7 @@ from jaxrl_llm.losses import (
     orpo_loss,
     policy_gradient_loss,
     ppo_loss,
+    q_learning_loss,
     reward_model_loss,
     reward_regression_loss,
     rloo_loss,
@@ -288,6 +289,14 @@ def _reward_regression(batch: Batch, weights: Any, axis_name: str | None) -> tup
     return reward_regression_loss(batch["chosen"], batch["rejected"], weights=weights, axis_name=axis_name)
 
 
+def _q_learning(batch: Batch, weights: Any, axis_name: str | None) -> tuple:
+    """Of logits as action values; the labels are actions, rewards are 0 or 1 apart."""
+    q_values, target = batch["student_logits"][:, 0], batch["teacher_logits"][:, 0]
+    actions, discounts = batch["labels"].astype("int32"), batch["labels"] * 0.9
+    options = {"next_q_online": target[:, ::-1], "huber_delta": 0.7, "weights": weights, "axis_name": axis_name}
+    return q_learning_loss(q_values, actions, batch["margin"], discounts, target, **options)
+
+
 def _token_mean(batch: Batch, axis_name: str | None) -> Any:
     return token_weights(batch["mask"], "token_mean", axis_name=axis_name)
 
@@ -324,6 +333,7 @@ CASES = {
     "rloo": LossCase(_rloo, _rloo_weights, ("log_probs", "entropy")),
     "cross_entropy_dft": LossCase(_dft, _token_mean, ("log_probs",)),
     "distillation": LossCase(_distillation, _token_mean, ("student_logits",)),
+    "q_learning": LossCase(_q_learning, _row_mean, ("student_logits",)),
     "dpo": LossCase(_dpo, _row_mean, PER_PAIR[:2]),
     "dpo_every_type": _several_dpo(DPO_TYPES),
     "dpo_weighted": _several_dpo({"sigmoid": 1.0, "ipo": 0.2}, ("pair_weights",), f_divergence_type="js_divergence"),

@@ -178,6 +178,10 @@ def test_every_hyperparameter_may_be_traced(name):
 
     assert len(values) >= 5
     state, metrics = jax.eval_shape(train_with, values)
+    chex.assert_trees_all_equal_shapes_and_dtypes(
+        (state, metrics), jax.eval_shape(module.train, jax.random.key(0), config)
+    )
+    assert len(jax.tree.leaves(config)) == len([n for n in names if getattr(config, n) is not None])
     assert state.update.shape == ()
     assert all(curve.shape == (2,) for curve in metrics.values())
 
@@ -243,8 +247,9 @@ def test_groups_start_in_the_same_state():
     np.testing.assert_array_equal(first, first[:, :1] + jnp.zeros_like(first))
     assert (first[0, 0] != first[1, 0]).all()
     assert len(np.unique(episodes.action[:8, :5], axis=0)) > 1  # but their actions differ
-    # The same episodes with ratio one: the loss is minus the mean advantage, which is zero.
-    _, metrics = module.learn(state.train, episodes, dataclasses.replace(config, update_epochs=1), jax.random.key(2))
+    # Where each episode counts alike and the ratio is one, the loss is minus the mean advantage, which is zero.
+    alike = dataclasses.replace(config, update_epochs=1, loss_type="grpo")
+    _, metrics = module.learn(state.train, episodes, alike, jax.random.key(2))
     np.testing.assert_allclose(metrics["loss"], 0, atol=1e-6)
 
 
@@ -252,7 +257,9 @@ def test_exploration_falls_linearly_and_then_stays():
     _, config = TINY["dqn"]
     config = dataclasses.replace(config, total_timesteps=1000, exploration_fraction=0.5, end_e=0.1)
     state, _ = trained("dqn")
-    found = [dqn.exploration(state._replace(timesteps=jnp.array(steps)), config) for steps in (0, 250, 500, 900)]
+    config = dataclasses.replace(config, total_timesteps=config.learning_starts + 2 + 1000 * 32)
+    assert config.num_updates == 1000
+    found = [dqn.exploration(state._replace(update=jnp.array(update)), config) for update in (0, 250, 500, 900)]
     np.testing.assert_allclose(found, [1.0, 0.55, 0.1, 0.1], rtol=1e-5)
 
 
@@ -266,16 +273,29 @@ def test_exploration_falls_linearly_and_then_stays():
             {"total_timesteps": 60},
             r"total_timesteps must be at least one update after learning_starts, 32 \+ 32",
         ),
+        ("dqn", {"n_step": 9}, "n_step must be at most num_steps=8, got 9"),
         ("dqn", {"tau": 0.0}, r"tau must be in \(0, 1\], got 0.0"),
         ("trpo", {"shared_trunk": True}, "shared_trunk must be false: the value network would move the policy"),
         ("trpo", {"max_kl": 0.0}, "max_kl must be positive, got 0.0"),
         ("trpo", {"backtrack_coef": 1.0}, r"backtrack_coef must be in \(0, 1\), got 1.0"),
         ("grpo", {"num_envs": 12}, "num_envs must be a multiple of num_generations=8, got 12"),
-        ("grpo", {"loss_type": "dapo"}, "loss_type must be one of"),
         (
             "reinforce",
             {"baseline": "none", "vf_learning_rate": 0.1},
             "vf_learning_rate must be None where baseline is none",
+        ),
+        (
+            "reinforce",
+            {"baseline": "none", "vf_coef": 1.0},
+            "vf_coef must be as it is by default where baseline is none",
+        ),
+        ("a2c", {"optim": "sgd", "adam_epsilon": 1e-3}, "adam_epsilon must be as it is by default, for plain steps"),
+        ("trpo", {"num_envs": 1, "num_steps": 1}, "num_steps must be at least 2 with num_envs=1"),
+        ("a2c", {"seed": 2**31}, "seed must be at most 2147483647, which leaves seeds for all runs, got 2147483648"),
+        (
+            "a2c",
+            {"env_params": ("gravity=1.0", "gravity=2.0")},
+            "env_params must name each parameter once, got gravity",
         ),
         ("a2c", {"logging_steps": 5}, "logging_steps must be 1: updates_per_step says"),
         ("a2c", {"vf_coef": -1.0}, "vf_coef must be at least 0, got -1.0"),
@@ -292,6 +312,7 @@ def test_names_that_are_not_known_are_refused():
     for name, settings, message in [
         ("reinforce", {"baseline": "mean"}, "baseline must be value or none, got 'mean'"),
         ("a2c", {"optim": "lion"}, "optim must be adam, rmsprop or sgd, got 'lion'"),
+        ("grpo", {"loss_type": "dapo"}, "loss_type must be one of .*bnpo.*grpo.*got 'dapo'"),
         ("ppo", {"normalize_advantage": "all"}, "normalize_advantage must be one of .*got 'all'"),
     ]:
         module, config = TINY[name]

@@ -185,6 +185,7 @@ def test_agents_and_runs_that_are_not_there_are_refused(swept, tmp_path):
         (("gamma=high",), "grid must be name=value,value,….*got 'gamma=high'"),
         (("gamma=0.9", "gamma=0.8"), "grid must be"),
         (("gamma=0.9,1.5",), r"gamma must be in \[0, 1\], got 1.5"),
+        (("gamma=0.9,0.90000000001",), "grid must be values that differ from one another, got 'gamma=0.9,0.9"),
     ],
 )
 def test_wrong_grids_are_refused(grid, message, tmp_path):

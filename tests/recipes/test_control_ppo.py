@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tyro
 
-from jaxrl_llm.recipes.control import algorithm, on_policy, options, ppo
+from jaxrl_llm.recipes.control import algorithm, on_policy, ppo
 from jaxrl_llm.recipes.control.on_policy import make_batch
 from jaxrl_llm.recipes.control.options import Agent
 from jaxrl_llm.recipes.control.ppo import Config, init, learn, train, update
@@ -34,19 +34,6 @@ TINY = Config(
     save_total_limit=9,
     eval_episodes=2,
 )
-HYPERPARAMETERS = {
-    "learning_rate": 1e-3,
-    "gamma": 0.9,
-    "gae_lambda": 0.8,
-    "clip_eps": 0.1,
-    "vf_clip_eps": 0.3,
-    "ent_coef": 0.02,
-    "vf_coef": 0.4,
-    "max_grad_norm": 0.6,
-    "adam_epsilon": 1e-6,
-    "vf_learning_rate": 2e-3,
-    "target_kl": 0.05,
-}
 jit_train = jax.jit(train, static_argnums=1)
 
 
@@ -147,17 +134,16 @@ def test_vmapped_seeds_and_learning_rates_equal_separate_runs(tiny):
     assert np.abs(moved[2] - moved[0]).max() > 1e-3
 
 
-def test_every_hyperparameter_may_be_traced():
-    def train_with(hyperparameters):
-        return train(key_of(0), dataclasses.replace(TINY, **hyperparameters))
-
-    annotations = {field.name: field.type for field in dataclasses.fields(Config)}
-    traceable = {
-        n for n, kind in annotations.items() if kind in (options.Hyperparameter, options.OptionalHyperparameter)
-    }
-    assert traceable == set(HYPERPARAMETERS)
-    _, metrics = jax.eval_shape(train_with, HYPERPARAMETERS)
-    assert metrics["loss"].shape == (3,)
+def test_settings_are_a_tree_of_hyperparameters_that_compile_once_and_are_mapped_over(tiny):
+    compiled = jax.jit(train)
+    chex.assert_trees_all_close(compiled(key_of(0), TINY), tiny, rtol=1e-4, atol=1e-6)
+    other = compiled(key_of(0), dataclasses.replace(TINY, learning_rate=1e-2))
+    assert compiled._cache_size() == 1
+    assert np.abs(jax.tree.leaves(other[0].train.params)[0] - jax.tree.leaves(tiny[0].train.params)[0]).max() > 1e-3
+    assert jax.tree.map(lambda x: x, TINY) == TINY
+    assert jax.tree.leaves(dataclasses.replace(TINY, learning_rate=7e-4, vf_learning_rate=None))[0] == 7e-4
+    mapped = jax.vmap(train, in_axes=(0, None))
+    assert jax.eval_shape(mapped, jax.vmap(key_of)(jnp.arange(2)), TINY)[1]["loss"].shape == (2, 3)
 
 
 def test_a_compiled_update_equals_the_eager_one(tiny):

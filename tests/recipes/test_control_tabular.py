@@ -23,6 +23,7 @@ def test_q_learning_comes_close_to_the_best_policy_of_the_lake(capsys):
         ({"epsilon": 2.0}, r"epsilon must be in \[0, 1\], got 2.0"),
         ({"decay": -1.0}, "decay must be at least 0, got -1.0"),
         ({"num_steps": 0}, "num_steps must be a whole number of at least 1, got 0"),
+        ({"lake": ()}, "rows must have equal lengths, letters of S, F, H, G"),
         ({"lake": ("SX",)}, "rows must have equal lengths, letters of S, F, H, G"),
     ],
 )

@@ -271,9 +271,23 @@ def test_an_environment_of_the_user_is_found_by_its_place(tmp_path):
     env, env_params = make_environment(f"{file}:Mine", ("max_steps_in_episode=3",))
     assert (env.name, env_params.max_steps_in_episode) == ("CartPole-v1", 3)
     assert make_environment("gymnax.environments.classic_control.cartpole:CartPole")[0].name == "CartPole-v1"
-    for place, message in [(f"{file}:Other", "Other"), ("nowhere:X", "nowhere"), (f"{tmp_path}/no.py:X", "no.py")]:
+    places = [(f"{file}:Other", "Other"), ("nowhere:X", "nowhere"), (f"{tmp_path}/no.py:X", "no.py")]
+    for place, message in [*places, (":Mine", "Empty module name"), ("..mine:Mine", "relative import")]:
         with pytest.raises(ValueError, match=f"env must be a gymnax environment or module:Name, got .*{message}"):
             make_environment(place)
+    with pytest.raises(ValueError, match=r"env must be a class or function without arguments.*'json:dumps'"):
+        make_environment("json:dumps")
+    with pytest.raises(ValueError, match=r"env must make a gymnax environment, got 'builtins:dict', which makes dict"):
+        make_environment("builtins:dict")
+
+
+def test_an_environment_that_cannot_download_its_data_says_so(monkeypatch):
+    def offline(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(gymnax, "make", offline)
+    with pytest.raises(ValueError, match="env must be an environment that can be made here, got 'MNISTBandit-bsuite'"):
+        make_environment("MNISTBandit-bsuite")
 
 
 def test_continuous_actions_are_clipped_on_the_way_in_and_kept_as_drawn():

@@ -20,12 +20,19 @@ from jaxrl_llm.losses import policy_gradient_loss, value_loss
 from jaxrl_llm.recipes.control import algorithm, runner
 from jaxrl_llm.recipes.control.algorithm import Curves, RunnerState
 from jaxrl_llm.recipes.control.on_policy import Batch, OnPolicyOptions, make_algorithm
-from jaxrl_llm.recipes.control.options import NOT_NEGATIVE, FirstOrderOptions, Hyperparameter, require_hyperparameters
+from jaxrl_llm.recipes.control.options import (
+    NOT_NEGATIVE,
+    FirstOrderOptions,
+    Hyperparameter,
+    require_hyperparameters,
+    traceable,
+)
 from jaxrl_llm.reductions import masked_standardize
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OnPolicyOptions, FirstOrderOptions):
     """Settings of A2C. A `Hyperparameter` may be traced; the others shape the program."""
@@ -49,7 +56,7 @@ class Config(OnPolicyOptions, FirstOrderOptions):
     ent_coef: Hyperparameter = 0.0
     """Weight of the entropy bonus."""
     vf_coef: Hyperparameter = 1.0
-    """Weight of the value loss, one half of the mean squared error (SB3 has no half, and 0.5 here)."""
+    """Weight of the value loss, one half of the mean squared error (SB3's 0.5 times the whole mean squared error)."""
     normalize_advantage: bool = False
     """Standardise the advantages of an update."""
 
@@ -60,7 +67,7 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_on_policy()
+    config.validate_on_policy(standardized=config.normalize_advantage)
     config.validate_optimizer()
     require_hyperparameters(config, {"ent_coef": NOT_NEGATIVE, "vf_coef": NOT_NEGATIVE})
 

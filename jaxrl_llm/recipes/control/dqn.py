@@ -37,6 +37,7 @@ from jaxrl_llm.recipes.control.options import (
     StepOptions,
     annealed,
     require_hyperparameters,
+    traceable,
 )
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.rollouts.environment import Policy, episode_metrics, greedy_policy, random_policy, reset, rollout
@@ -46,6 +47,7 @@ from jaxrl_llm.training import TrainState, init_train_state, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(StepOptions):
     """Settings of DQN. A `Hyperparameter` may be traced; the others shape the program."""
@@ -89,13 +91,14 @@ class Config(StepOptions):
     end_e: Hyperparameter = 0.04
     """Share of random actions at the end."""
     exploration_fraction: Hyperparameter = 0.16
-    """Share of the run in which the first falls to the second."""
+    """Share of the updates in which the first falls to the second."""
     double: bool = True
     """Let the network choose the action whose value the target network gives (double DQN)."""
     dueling: bool = False
     """Split the network into a value and advantages."""
     n_step: int = 1
-    """Rewards that are summed before the value of the state reached."""
+    """Rewards that are summed before the value of the state reached, at most num_steps; the end of an episode or of the
+    steps between two updates ends the sum earlier."""
     huber_delta: OptionalHyperparameter = 1.0
     """Error beyond which the loss grows linearly; None: squares all the way."""
 
@@ -165,6 +168,8 @@ def validate(config: Config) -> None:
         ValueError: Naming the setting, what came and what was meant.
     """
     config.validate_steps()
+    steps = config.num_steps
+    require("n_step", config.n_step, f"at most num_steps={steps}", lambda n: n <= steps)
     names = ("gradient_steps", "batch_size", "learning_starts", "target_network_frequency", "n_step")
     require_at_least(1, **{name: getattr(config, name) for name in names})
     env, env_params = config.environment()
@@ -236,7 +241,7 @@ def loss_fn(params: Params, rows: Experience, key: Key, *, target: Params, confi
 
 def exploration(state: RunnerState, config: Config) -> Scalar:
     """Computes the share of random actions at this point of the run."""
-    share = state.timesteps / config.total_timesteps
+    share = state.update / config.num_updates
     done = jnp.where(config.exploration_fraction > 0, share / jnp.maximum(config.exploration_fraction, 1e-9), 1.0)
     return config.start_e + (config.end_e - config.start_e) * jnp.clip(done, 0, 1)
 

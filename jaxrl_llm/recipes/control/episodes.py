@@ -15,7 +15,7 @@ from jaxrl_llm.recipes.control.algorithm import (
     actor_critic_policies,
     count_update,
 )
-from jaxrl_llm.recipes.control.normalization import Normalizers, init_moments, update_moments
+from jaxrl_llm.recipes.control.normalization import Normalizers, update_moments
 from jaxrl_llm.recipes.control.options import (
     SHARE,
     EpisodeOptions,
@@ -24,7 +24,6 @@ from jaxrl_llm.recipes.control.options import (
     require_hyperparameters,
 )
 from jaxrl_llm.rollouts.environment import play_episodes, reset, stochastic_policy
-from jaxrl_llm.rollouts.spaces import observation_encoder
 from jaxrl_llm.training import init_train_state
 from jaxrl_llm.types import Key, Metrics, Scalar
 
@@ -113,12 +112,10 @@ def make_algorithm(
     """
 
     def init(key: Key, config: Any) -> RunnerState:
-        _, size = observation_encoder(*config.environment())
-        params = config.network().init(key, jnp.zeros((1, size)))["params"]
         return RunnerState(
-            train=init_train_state(params, config.optimizer()),
+            train=init_train_state(config.init_params(key), config.optimizer()),
             environments=None,
-            normalizers=Normalizers(init_moments(size) if config.normalize_observations else None),
+            normalizers=Normalizers(config.init_moments()),
             update=jnp.zeros((), jnp.int32),
             timesteps=jnp.zeros((), jnp.int32),
         )

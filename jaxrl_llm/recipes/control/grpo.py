@@ -4,7 +4,7 @@ r"""GRPO on a gymnax environment: groups of whole episodes from the same start, 
 
 An episode stands for a completion, its start for the prompt. The advantage of all its steps is its return, relative to the
 mean of its group and divided by the group's standard deviation; the loss is that of GRPO on language, `losses.grpo_loss`,
-with the mean over steps and then over episodes.
+with its mean over all steps alike.
 
 It does well where episodes are short and rewards dense, as on CartPole. Over long horizons a critic, which knows better than
 the whole episode's return which step was good, is hard to replace.
@@ -15,7 +15,7 @@ References:
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jaxtyping import Array, Float
@@ -23,18 +23,16 @@ from jaxtyping import Array, Float
 from jaxrl_llm.advantages import ScaleRewards, group_relative_advantages
 from jaxrl_llm.distributions import make_distribution
 from jaxrl_llm.losses import grpo_loss
-from jaxrl_llm.losses.group_relative import GRPOLossType
 from jaxrl_llm.recipes.control import algorithm, runner
 from jaxrl_llm.recipes.control.algorithm import Curves, RunnerState
 from jaxrl_llm.recipes.control.episodes import Episodes, WholeEpisodeOptions, make_algorithm
-from jaxrl_llm.recipes.control.options import NOT_NEGATIVE, POSITIVE, Hyperparameter, require_hyperparameters
+from jaxrl_llm.recipes.control.options import NOT_NEGATIVE, POSITIVE, Hyperparameter, require_hyperparameters, traceable
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.training import TrainState, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
-LOSS_TYPES: tuple[GRPOLossType, ...] = ("grpo", "bnpo")
 
-
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(WholeEpisodeOptions):
     """Settings of GRPO. A `Hyperparameter` may be traced; the others shape the program."""
@@ -55,8 +53,8 @@ class Config(WholeEpisodeOptions):
     """Half-width of the interval around 1 that the probability ratio is clipped to."""
     ent_coef: Hyperparameter = 0.0
     """Weight of the entropy bonus."""
-    loss_type: GRPOLossType = "grpo"
-    """How the loss is averaged: grpo (over steps, then over episodes) or bnpo (over all steps alike)."""
+    loss_type: Literal["bnpo", "grpo"] = "bnpo"
+    """How the loss is averaged: bnpo (over all steps alike) or grpo (over steps, then over episodes)."""
     scale_rewards: ScaleRewards = "group"
     """Standard deviation that divides the advantages: of the group, of the batch, or none (Dr. GRPO)."""
 
@@ -80,7 +78,8 @@ def validate(config: Config) -> None:
     size, meant = config.num_generations, f"a multiple of num_generations={config.num_generations}"
     require("num_envs", config.num_envs, meant, lambda envs: envs % size == 0)
     require_hyperparameters(config, {"clip_eps": POSITIVE, "ent_coef": NOT_NEGATIVE})
-    require("loss_type", config.loss_type, f"one of {LOSS_TYPES}", lambda name: name in LOSS_TYPES)
+    names = get_args(Config.__annotations__["loss_type"])
+    require("loss_type", config.loss_type, f"one of {names}", lambda name: name in names)
     require("shared_trunk", config.shared_trunk, "false: there is no critic", lambda shared: not shared)
     require("vf_learning_rate", config.vf_learning_rate, "None: there is no critic", lambda rate: rate is None)
 

@@ -34,8 +34,8 @@ from jaxrl_llm.recipes.control.options import (
     StepOptions,
     require_hyperparameters,
 )
+from jaxrl_llm.recipes.options import require
 from jaxrl_llm.rollouts.environment import Transition, episode_metrics, reset, rollout, stochastic_policy
-from jaxrl_llm.rollouts.spaces import observation_encoder
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
 
@@ -51,9 +51,11 @@ class OnPolicyOptions(StepOptions, ActorCriticOptions):
     """Divide rewards by the standard deviation of discounted returns, within ±10, by the statistics of all rollouts before.
     The reported returns are those of the environment."""
 
-    def validate_on_policy(self) -> None:
-        """Checks the values, those of `StepOptions` too."""
+    def validate_on_policy(self, *, standardized: bool) -> None:
+        """Checks the values, those of `StepOptions` too; whether the advantages of an update are standardised at once."""
         self.validate_steps()
+        meant = "at least 2 with num_envs=1, for normalize_advantage compares steps"
+        require("num_steps", self.num_steps, meant, lambda n: not standardized or n * self.num_envs > 1)
         require_hyperparameters(self, {"gamma": SHARE, "gae_lambda": SHARE})
 
 
@@ -90,14 +92,11 @@ def init_runner(key: Key, config: OnPolicyOptions, make_train: Callable[[Params]
         make_train: Makes what is learned from the first parameters of the networks.
     """
     params_key, reset_key = jax.random.split(key)
-    env, env_params = config.environment()
-    _, size = observation_encoder(env, env_params)
-    params = config.network().init(params_key, jnp.zeros((1, size)))["params"]
     scale = RewardScale(jnp.zeros(config.num_envs), init_moments(1)) if config.normalize_rewards else None
     return RunnerState(
-        train=make_train(params),
-        environments=reset(reset_key, env, env_params, config.num_envs),
-        normalizers=Normalizers(init_moments(size) if config.normalize_observations else None, scale),
+        train=make_train(config.init_params(params_key)),
+        environments=reset(reset_key, *config.environment(), config.num_envs),
+        normalizers=Normalizers(config.init_moments(), scale),
         update=jnp.zeros((), jnp.int32),
         timesteps=jnp.zeros((), jnp.int32),
     )

@@ -2,11 +2,12 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Hashable, Iterable
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import tyro
 from jaxtyping import Array, Float
@@ -14,11 +15,11 @@ from jaxtyping import Array, Float
 from jaxrl_llm.distributions import PolicyOutput
 from jaxrl_llm.models import ActorCritic
 from jaxrl_llm.optimizers import make_optimizer
-from jaxrl_llm.recipes.control.normalization import Moments, normalize
+from jaxrl_llm.recipes.control.normalization import Moments, init_moments, normalize
 from jaxrl_llm.recipes.options import RunOptions, require, require_at_least
 from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.rollouts.spaces import actions_of, observation_encoder
-from jaxrl_llm.types import Numeric, Params
+from jaxrl_llm.types import Key, Numeric, Params
 
 
 def _number_on_the_command_line(metavar: str) -> tyro.constructors.PrimitiveConstructorSpec:
@@ -37,6 +38,33 @@ Hyperparameter: TypeAlias = Annotated[Numeric, _number_on_the_command_line("FLOA
 
 OptionalHyperparameter: TypeAlias = Annotated[Numeric | None, _number_on_the_command_line("FLOAT|None")]
 """The same, or None: then what it governs is left out of the program."""
+
+T = TypeVar("T")
+
+
+def traceable(config: type[T]) -> type[T]:
+    """Makes a Config a pytree whose leaves are its hyperparameters; a class decorator.
+
+    So `jax.jit(train)(key, config)` compiles once for all their values, and `jax.vmap` maps over them. The other fields are
+    the tree's structure.
+    """
+    kinds, fields = (Hyperparameter, OptionalHyperparameter), dataclasses.fields(cast(Any, config))
+    leaves = [field.name for field in fields if field.type in kinds]
+    structure = [field.name for field in fields if field.type not in kinds]
+
+    def flatten(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+        named = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in leaves]
+        return named, tuple(getattr(value, name) for name in structure)
+
+    def unflatten(static: tuple[Any, ...], values: Iterable[Any]) -> Any:
+        value = object.__new__(config)  # jax also puts placeholders here, which no check should see
+        for name, item in zip([*leaves, *structure], [*values, *static], strict=True):
+            object.__setattr__(value, name, item)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(config, flatten, unflatten)
+    return config
+
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"tanh": jnp.tanh, "relu": jax.nn.relu}
 
@@ -60,7 +88,7 @@ class ControlOptions(RunOptions):
     Every combination is run with every seed, all as one program."""
     num_devices: int = 1
     """Devices that share the work. Runs are divided over them; where their number does not divide evenly, the
-    environments of each run are, which gives the same run as one device does."""
+    environments of each run are (not of reinforce and grpo). Either way each run is the one that one device makes."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1
@@ -98,11 +126,15 @@ class ControlOptions(RunOptions):
                 axes[name] = [float(value) for value in values.split(",")]
             except ValueError as error:
                 raise ValueError(f"grid must be {meant}, got {text!r}.") from error
+            different = len(np.unique(np.array(axes[name], np.float32))) == len(axes[name])
+            require("grid", text, "values that differ from one another", lambda _, different=different: different)
         return [dict(zip(axes, point, strict=True)) for point in itertools.product(*axes.values())]
 
     def validate_control(self) -> None:
         """Checks the values, those of `RunOptions` too."""
         self.validate_run()
+        last = 2**31 - self.num_seeds
+        require("seed", self.seed, f"at most {last}, which leaves seeds for all runs", lambda seed: seed <= last)
         names = ["num_envs", "num_seeds", "num_devices", "updates_per_step", "eval_episodes"]
         require_at_least(1, **{name: getattr(self, name) for name in names})
         meant = "1: updates_per_step says how many updates a line of metrics stands for"
@@ -203,6 +235,15 @@ class ActorCriticOptions(ControlOptions):
             continuous=actions.continuous,
         )
 
+    def init_params(self, key: Key) -> Params:
+        """Makes the parameters of the networks; the key is consumed."""
+        _, size = observation_encoder(*self.environment())
+        return self.network().init(key, jnp.zeros((1, size)))["params"]
+
+    def init_moments(self) -> Moments | None:
+        """Makes the moments of no observations yet, if these are normalised."""
+        return init_moments(observation_encoder(*self.environment())[1]) if self.normalize_observations else None
+
     def features(self, observation: Any, moments: Moments | None = None) -> Float[Array, "*batch features"]:
         """Turns observations into what the networks read."""
         encode, _ = observation_encoder(*self.environment())
@@ -241,6 +282,9 @@ class FirstOrderOptions(ActorCriticOptions):
         meant = "None with shared_trunk, whose layers serve both"
         require("vf_learning_rate", self.vf_learning_rate, meant, lambda rate: rate is None or not self.shared_trunk)
         require("optim", self.optim, "adam, rmsprop or sgd", lambda name: name in ("adam", "rmsprop", "sgd"))
+        unused, default = self.optim == "sgd", FirstOrderOptions.adam_epsilon
+        meant = "as it is by default, for plain steps divide by no second moment"
+        require("adam_epsilon", self.adam_epsilon, meant, lambda epsilon: not unused or epsilon == default)
 
     def rate(self, remaining: Numeric = 1.0) -> Numeric:
         """Gives the learning rate of the policy where this share of the run is left."""

@@ -43,6 +43,7 @@ from jaxrl_llm.recipes.control.options import (
     OptionalHyperparameter,
     annealed,
     require_hyperparameters,
+    traceable,
 )
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.reductions import masked_standardize
@@ -50,6 +51,7 @@ from jaxrl_llm.training import TrainState, init_train_state, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OnPolicyOptions, FirstOrderOptions):
     """Settings of PPO. A `Hyperparameter` may be traced; the others shape the program."""
@@ -99,7 +101,7 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_on_policy()
+    config.validate_on_policy(standardized=config.normalize_advantage == "batch")
     require_at_least(1, update_epochs=config.update_epochs, num_minibatches=config.num_minibatches)
     config.validate_optimizer()
     require_hyperparameters(

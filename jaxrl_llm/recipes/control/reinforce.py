@@ -25,13 +25,14 @@ from jaxrl_llm.losses import policy_gradient_loss, value_loss
 from jaxrl_llm.recipes.control import algorithm, runner
 from jaxrl_llm.recipes.control.algorithm import Curves, RunnerState
 from jaxrl_llm.recipes.control.episodes import Episodes, WholeEpisodeOptions, make_algorithm
-from jaxrl_llm.recipes.control.options import NOT_NEGATIVE, Hyperparameter, require_hyperparameters
+from jaxrl_llm.recipes.control.options import NOT_NEGATIVE, Hyperparameter, require_hyperparameters, traceable
 from jaxrl_llm.recipes.options import require
 from jaxrl_llm.reductions import masked_standardize
 from jaxrl_llm.training import TrainState, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(WholeEpisodeOptions):
     """Settings of REINFORCE. A `Hyperparameter` may be traced; the others shape the program."""
@@ -73,6 +74,9 @@ def validate(config: Config) -> None:
     config.validate_whole_episodes()
     require_hyperparameters(config, {"ent_coef": NOT_NEGATIVE, "vf_coef": NOT_NEGATIVE})
     require("baseline", config.baseline, "value or none", lambda name: name in ("value", "none"))
+    meant = "as it is by default where baseline is none: there is no value network"
+    without = config.baseline == "none"
+    require("vf_coef", config.vf_coef, meant, lambda coef: not without or coef == Config.vf_coef)
     meant = "None where baseline is none: there is no value network"
     require("vf_learning_rate", config.vf_learning_rate, meant, lambda rate: rate is None or config.baseline == "value")
 

@@ -50,7 +50,7 @@ def make_lanes(config: RunConfig) -> Lanes:
     """Makes one run for each seed and each point of the grid."""
     points = config.points()
     seeds = range(config.seed, config.seed + config.num_seeds)
-    labels = ["".join(f"{name}={value:g}/" for name, value in point.items()) for point in points]
+    labels = ["".join(f"{name}={value:.9g}/" for name, value in point.items()) for point in points]
     settings = {
         name: jnp.repeat(jnp.array([point[name] for point in points], jnp.float32), config.num_seeds)
         for name in points[0]
@@ -70,8 +70,8 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
 
     Returns:
         Figures: `timesteps` (a mean over runs), `eval/greedy_return` and `eval/sampled_return` (means over the last
-        evaluation), and, of a complete run, `train/return` (mean over the episodes that ended in the last tenth of the
-        run), `runs` (the same of each run by name) and `learning_curve` (a file).
+        evaluation), and, of a complete run, `train/return` (mean over the episodes that ended in the last tenth of its
+        steps, or in the last one), `runs` (the same of each run by name) and `learning_curve` (a file).
 
     Raises:
         ValueError: If a setting is wrong, or a run is resumed with another number of updates in each step of the run.
@@ -87,8 +87,12 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     planned = {"runs": f"{len(lanes.names)}, {lanes.names[0]} to {lanes.names[-1]}"} if len(lanes.names) > 1 else {}
     facts(f"{algorithm.name} on {config.env}", config.plan() | planned | {"folder": config.output_dir})
 
+    last = {}
+
     def report(state: RunnerState) -> dict[str, Any]:
-        return _summary(evaluations(state, eval_keys))
+        last.clear()
+        last.update(evaluations(state, eval_keys))
+        return _summary(last)
 
     state, complete = training_loop(
         config,
@@ -100,9 +104,10 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
         evaluate=report,
         show=("timesteps", "episode/return_mean", "eval/greedy_return"),
     )
-    returns = evaluations(state, eval_keys)
-    figures = {"timesteps": float(state.timesteps.mean())} | _summary(returns)
-    return figures | _conclude(config, algorithm, lanes, returns) if complete else figures
+    if not (last and complete):  # else the loop has evaluated the last state
+        report(state)
+    figures = {"timesteps": float(state.timesteps.mean())} | _summary(last)
+    return figures | _conclude(config, algorithm, lanes, last) if complete else figures
 
 
 def place(states: RunnerState, config: RunConfig) -> RunnerState:
@@ -219,12 +224,12 @@ def _summarize_grid(config: RunConfig, columns: dict[str, list[float]]) -> None:
         seeds = slice(index * config.num_seeds, (index + 1) * config.num_seeds)
         parts = [np.array(values[seeds]) for values in columns.values()]
         cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" if len(x) > 1 else f"{x.mean():.1f}" for x in parts]
-        rows.append([" ".join(f"{name}={value:g}" for name, value in point.items()), *cells])
+        rows.append([" ".join(f"{name}={value:.9g}" for name, value in point.items()), *cells])
     table(f"Mean ± standard deviation over {config.num_seeds} seeds", ["settings", *columns], rows)
 
 
 def final_return(config: RunConfig, run: str = "") -> float:
-    """Computes the mean return of the episodes that ended in the last tenth of training, from metrics.jsonl.
+    """Computes the mean return of the episodes that ended in the last tenth of a run's steps, at least in the last one.
 
     Args:
         config: Settings of the run.

@@ -36,6 +36,7 @@ from jaxrl_llm.recipes.control.options import (
     POSITIVE,
     Hyperparameter,
     require_hyperparameters,
+    traceable,
 )
 from jaxrl_llm.recipes.options import require, require_at_least
 from jaxrl_llm.reductions import masked_standardize
@@ -43,6 +44,7 @@ from jaxrl_llm.training import TrainState, init_train_state, make_train_step
 from jaxrl_llm.types import Key, Metrics, Numeric, Params, Scalar
 
 
+@traceable
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(OnPolicyOptions):
     """Settings of TRPO. A `Hyperparameter` may be traced; the others shape the program."""
@@ -114,7 +116,7 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: Naming the setting, what came and what was meant.
     """
-    config.validate_on_policy()
+    config.validate_on_policy(standardized=config.normalize_advantage)
     require_at_least(1, cg_iters=config.cg_iters, backtrack_iters=config.backtrack_iters, vf_iters=config.vf_iters)
     names = {"max_kl": POSITIVE, "cg_damping": NOT_NEGATIVE, "accept_ratio": NOT_NEGATIVE, "vf_lr": POSITIVE}
     require_hyperparameters(config, names)
