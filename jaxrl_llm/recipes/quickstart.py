@@ -109,7 +109,6 @@ def grpo_config(config: Config, model: str) -> grpo.Config:
 def ppo_config(config: Config) -> ppo.Config:
     """Settings of the third run."""
     return ppo.Config(
-        vf_clip_eps=0.2,
         output_dir=f"{config.output_dir}/ppo",
         overwrite=True,
         seed=config.seed,
