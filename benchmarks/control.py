@@ -80,7 +80,9 @@ CASES: dict[str, Case] = {
     "grpo_cartpole": Case(grpo, grpo.Config(), "nobody"),
     "reinforce_cartpole": Case(reinforce, reinforce.Config(), "nobody"),
     "a2c_cartpole": Case(a2c, a2c.Config(), "rl-zoo 500 ± 0 (greedy, 500k steps)"),
-    "dqn_cartpole": Case(dqn, dqn.Config(), "rl-zoo 500 ± 0 (greedy, 50k steps)"),
+    "dqn_cartpole": Case(
+        dqn, dqn.Config(), "CleanRL 488.69 ± 16.11 (sampled, 500k steps); rl-zoo 500 ± 0 (greedy, 50k steps)"
+    ),
     "ppo_guide": Case(ppo, dataclasses.replace(ppo.PRESETS["guide"], total_timesteps=200_000), "no figure"),
     "ppo_guide_shared": Case(
         ppo, dataclasses.replace(ppo.PRESETS["guide-shared"], total_timesteps=200_000), "no figure"
