@@ -19,10 +19,10 @@ from jaxrl_llm.models.lora import LoraConfig as LoraConfig
 from jaxrl_llm.models.lora import adapt as adapt
 from jaxrl_llm.models.lora import init_lora as init_lora
 from jaxrl_llm.models.lora import join_trainable as join_trainable
-from jaxrl_llm.models.lora import load_adapters as load_adapters
 from jaxrl_llm.models.lora import merge_lora as merge_lora
-from jaxrl_llm.models.lora import save_adapters as save_adapters
 from jaxrl_llm.models.lora import split_trainable as split_trainable
+from jaxrl_llm.models.peft import load_adapters as load_adapters
+from jaxrl_llm.models.peft import save_adapters as save_adapters
 from jaxrl_llm.models.pretrained import from_pretrained as from_pretrained
 from jaxrl_llm.models.pretrained import from_pretrained_reward_model as from_pretrained_reward_model
 from jaxrl_llm.models.pretrained import is_reward_model as is_reward_model

@@ -19,16 +19,13 @@ References:
 
 import contextlib
 import dataclasses
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrl_llm.types import Key, Params
 
@@ -138,21 +135,25 @@ def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
         pairs[f"{path}/a"] = jax.random.uniform(init_key, (layers, inputs, config.r), jnp.float32, -bound, bound)
         pairs[f"{path}/b"] = jnp.zeros((layers, config.r, outputs), jnp.float32)
     # Copies, for a training step gives the memory of what it trains away.
-    return _nested(pairs) | {name: jax.tree.map(jnp.copy, params[name]) for name in TRAINED_WHOLE if name in params}
+    return nested_leaves(pairs) | {
+        name: jax.tree.map(jnp.copy, params[name]) for name in TRAINED_WHOLE if name in params
+    }
 
 
 def _linear_kernels(params: Params) -> dict[str, Any]:
     """Finds the stacked kernels, by the paths of their layers."""
-    leaves = _flat(params).items()
+    leaves = flat_leaves(params).items()
     return {path.removesuffix("/kernel"): leaf for path, leaf in leaves if re.search(r"\bblocks/.*/kernel$", path)}
 
 
-def _flat(tree: Params) -> dict[str, Any]:
+def flat_leaves(tree: Params) -> dict[str, Any]:
+    """Lists the leaves of a tree by their paths."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def nested_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `flat_leaves`."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, name = path.split("/")
@@ -257,25 +258,3 @@ def split_trainable(params: Params) -> tuple[Params, Adapted | None]:
 def join_trainable(trainable: Params, frozen: Adapted | None) -> Params:
     """Undoes `split_trainable`."""
     return trainable if frozen is None else dataclasses.replace(frozen, lora=trainable)
-
-
-def save_adapters(path: str | os.PathLike[str], lora: Params) -> None:
-    """Saves adapters as one safetensors file, under their paths; it appears in one rename.
-
-    Args:
-        path: File to write; its folder exists.
-        lora: The adapters.
-    """
-    from safetensors.numpy import save
-
-    path = Path(path)
-    beside = path.with_name(f".saving-{path.name}")
-    beside.write_bytes(save({name: np.asarray(leaf) for name, leaf in _flat(lora).items()}))
-    beside.replace(path)
-
-
-def load_adapters(path: str | os.PathLike[str]) -> Params:
-    """Loads what `save_adapters` wrote."""
-    from safetensors.numpy import load_file
-
-    return _nested({name: jnp.asarray(leaf) for name, leaf in load_file(path).items()})

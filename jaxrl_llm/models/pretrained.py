@@ -1,11 +1,12 @@
 """Reads and writes Hugging Face folders (config.json, model.safetensors, tokenizer files), without torch."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +131,11 @@ def save_pretrained(
     path = Path(path)
     config, tensors = _to_checkpoint(module, params)
     _check_vocabulary(tokenizer, _decoder(module).config)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path if path.is_dir() else path.parent  # a rename works within one file system only
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=beside) as temporary:
-        folder = Path(temporary, "model")
-        folder.mkdir()
+    with published(path, WEIGHTS) as folder:
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors writes files that only their owner can read
-        _publish(folder, path)
 
 
 def _decoder(module: Decoder | ScalarHead) -> Decoder:
@@ -164,15 +159,29 @@ def _to_checkpoint(module: Decoder | ScalarHead, params: Params) -> tuple[dict[s
     return config, tensors
 
 
-def _publish(folder: Path, path: Path) -> None:
-    """Moves a finished folder to its place or, if there is one already, each of its files."""
-    if not path.exists():
-        folder.rename(path)
-        return
-    files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: file.name == WEIGHTS):
-        (path / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).replace(path / file)
+@contextlib.contextmanager
+def published(path: Path, weights: str) -> Iterator[Path]:
+    """Gives a folder to write into. Once all is written it is moved to `path` or, if that is there, each of its files is.
+
+    Args:
+        path: Where it goes; parents are made.
+        weights: The file that is moved last.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path if path.is_dir() else path.parent  # a rename works within one file system only
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=beside) as temporary:
+        folder = Path(temporary, "model")
+        folder.mkdir()
+        yield folder
+        files = [file.relative_to(folder) for file in folder.rglob("*") if file.is_file()]
+        readable = next(folder / file for file in files if file.name != weights)
+        shutil.copymode(readable, folder / weights)  # safetensors writes files that only their owner can read
+        if not path.exists():
+            folder.rename(path)
+            return
+        for file in sorted(files, key=lambda file: file.name == weights):
+            (path / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).replace(path / file)
 
 
 def _resolve(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:

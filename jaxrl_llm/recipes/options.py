@@ -69,6 +69,8 @@ class LoraOptions:
 
     lora: bool = False
     """Train low-rank adapters (LoRA) beside the model, which stays as it is; the saved model has them merged in."""
+    adapter: str = ""
+    """Folder of adapters in PEFT's format, to be trained on with lora; without it they are merged into the model first."""
     lora_r: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -86,9 +88,11 @@ class LoraOptions:
         require("lora_alpha", self.lora_alpha, "positive", lambda alpha: alpha > 0)
         require("lora_dropout", self.lora_dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
         for field in dataclasses.fields(LoraOptions):
-            unchanged = getattr(self, field.name) == field.default
+            unchanged = field.name in ("lora", "adapter") or getattr(self, field.name) == field.default
             meant = f"{field.default!r} unless lora is true: nothing else reads it"
             require(field.name, getattr(self, field.name), meant, lambda _, same=unchanged: self.lora or same)
+            meant = f"{field.default!r} with adapter, whose folder says what its adapters are"
+            require(field.name, getattr(self, field.name), meant, lambda _, same=unchanged: not self.adapter or same)
 
     @property
     def lora_config(self) -> LoraConfig | None:
@@ -138,6 +142,8 @@ class ModelOptions(LoraOptions):
     def validate_model(self) -> None:
         """Checks the values."""
         self.validate_lora()
+        meant = "the model that adapter was trained beside"
+        require("model", self.model, meant, lambda name: bool(name) or not self.adapter)
         sizes = {name: getattr(self, name) for name in ("n_layer", "n_head", "n_embd", "n_positions", "chunk_size")}
         require_at_least(1, **sizes)
         require("initializer_range", self.initializer_range, "positive", lambda std: std > 0)

@@ -34,7 +34,7 @@ _WRITTEN_BY_A_RUN = (
     "samples.jsonl",
     "events.out.tfevents.*",
     "checkpoints",
-    "adapter.safetensors",
+    "adapter",
 )
 _STOP_MESSAGE = "\nStopping after this step, then saving. Press Ctrl-C once more to quit at once."
 

@@ -13,6 +13,7 @@ from jaxrl_llm.models import (
     from_pretrained_reward_model,
     load_adapters,
     merge_lora,
+    save_pretrained,
     split_trainable,
 )
 from jaxrl_llm.recipes.options import ModelOptions
@@ -68,7 +69,7 @@ def test_dpo_begins_at_ln_2_against_its_own_base_and_learns(finished):
 def test_the_base_stays_as_it_was_and_checkpoints_hold_adapters_alone(finished):
     config, figures = finished
     before, (_, after, _) = start(config).params, from_pretrained(figures["model"])
-    lora = load_adapters(f"{config.output_dir}/adapter.safetensors")
+    lora = load_adapters(f"{config.output_dir}/adapter", start(config).module, before.base).lora
     jax.tree.map(np.testing.assert_array_equal, after, merge_lora(dataclasses.replace(before, lora=lora)))
     changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), before.base, after)
     assert changed["blocks"]["qkv"].pop("kernel")
@@ -144,11 +145,31 @@ def test_early_stopping_keeps_the_best_adapters_of_a_llama(finished, tmp_path, c
     assert losses[-1] > min(losses)
     assert figures["eval_loss"] == pytest.approx(min(losses), rel=1e-6)
     model = start(config)
-    best = dataclasses.replace(model.params, lora=load_adapters(tmp_path / "run/adapter.safetensors"))
+    best = load_adapters(tmp_path / "run/adapter", model.module, model.params.base)
     jax.tree.map(np.testing.assert_array_equal, from_pretrained(figures["model"])[1], merge_lora(best))
     out = " ".join(capsys.readouterr().out.split())
     count = sum(leaf.size for leaf in jax.tree.leaves(model.params.lora))
     assert f"{count:,} of {model.num_params:,}, {100 * count / model.num_params:.2f} %" in out
+
+
+def test_saved_adapters_are_gone_on_with_or_merged(finished, tmp_path):
+    config, figures = finished
+    trained, base = from_pretrained(figures["model"])[1], start(config)
+    save_pretrained(tmp_path / "base", base.module, base.params.base, base.tokenizer)
+    settings = {"model": str(tmp_path / "base"), "lora_r": 8, "lora_dropout": 0.0}
+    again = dataclasses.replace(config, adapter=f"{config.output_dir}/adapter", **settings)
+    again.validate_model()
+    went_on = start(again)
+    assert went_on.params.config.r == config.lora_r
+    jax.tree.map(np.testing.assert_array_equal, merge_lora(went_on.params), trained)
+    merged = start(dataclasses.replace(again, lora=False))
+    jax.tree.map(np.testing.assert_array_equal, merged.params, trained)
+    with pytest.raises(
+        ValueError, match="lora_r must be 8 with adapter, whose folder says what its adapters are, got 3"
+    ):
+        dataclasses.replace(again, lora_r=3).validate_model()
+    with pytest.raises(ValueError, match="model must be the model that adapter was trained beside, got ''"):
+        dataclasses.replace(again, model="").validate_model()
 
 
 def test_a_reward_model_trains_its_head_and_adapters(finished, tmp_path):

@@ -108,7 +108,7 @@ def test_adapters_alone_learn_over_a_base_that_stays(name, settings, folder):
         assert lines[-1]["kl"] > 0.1
     base, merged = (from_pretrained(path)[1] for path in (config.model, figures["model"]))
     np.testing.assert_array_equal(base["token_embedding"]["embedding"], merged["token_embedding"]["embedding"])
-    assert Path(config.output_dir, "adapter.safetensors").is_file()
+    assert Path(config.output_dir, "adapter/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -79,18 +79,8 @@ class Config(OnPolicyOptions):
     """Standardise the advantages of an update."""
 
 
-PRESETS = {
-    "guide": Config(
-        num_envs=1,
-        num_steps=2048,
-        activation="relu",
-        gae_lambda=0.95,
-        backtrack_coef=0.5,
-        accept_ratio=0.1,
-        vf_iters=10,
-    )
-}
-"""`--preset NAME`: the settings of a widespread tutorial, in one environment."""
+PRESETS = {"guide": Config(activation="relu", backtrack_coef=0.5, accept_ratio=0.1)}
+"""`--preset NAME`: what a widespread tutorial says of TRPO; it is silent about the value network and the size of a batch."""
 
 
 class Networks(NamedTuple):

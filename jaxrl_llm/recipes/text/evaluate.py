@@ -59,6 +59,8 @@ class Config:
     """What the rows are; auto: what the columns of the first row say."""
     max_rows: int = 0
     """Rows to take, the first of the dataset; 0: all."""
+    adapter: str = ""
+    """Folder of adapters in PEFT's format that are merged into the model."""
     reference: str = ""
     """Folder, .gguf file or hub id of a language model to compare with."""
     max_length: int = 0
@@ -200,11 +202,11 @@ MATCHES: dict[str, Reward] = {"exact": exact_match, "numeric": numeric_match, "c
 
 
 def _examiner(config: Config, key: Key) -> Examiner:
-    options = ModelOptions(model=config.model, dtype=config.dtype)
+    options = ModelOptions(model=config.model, adapter=config.adapter, dtype=config.dtype)
     model = load_reward_model(options, key) if is_reward_model(config.model) else load_model(options, key)
     reference = None
     if config.reference:
-        reference = load_model(dataclasses.replace(options, model=config.reference), key)
+        reference = load_model(dataclasses.replace(options, model=config.reference, adapter=""), key)
         if reference.tokenizer.get_vocab() != model.tokenizer.get_vocab():
             raise ValueError(f"reference={config.reference!r} has another vocabulary than model={config.model!r}.")
     max_length = config.max_length or model.context_length

@@ -25,6 +25,8 @@ class Config:
 
     model: str
     """Folder or hub id of the model."""
+    adapter: str = ""
+    """Folder of adapters in PEFT's format that are merged into it."""
     prompt: tuple[str, ...]
     """One or more prompts, taken as they stand."""
     instruction: bool = False
@@ -53,7 +55,7 @@ def run(config: Config) -> list[str]:
     require_at_least(0, seed=config.seed)
     require("prompt", config.prompt, "at least one text, none of them empty", lambda p: p and all(p))
     key = jax.random.key(config.seed)
-    model = load_model(ModelOptions(model=config.model), key)
+    model = load_model(ModelOptions(model=config.model, adapter=config.adapter), key)
     texts = [text.replace("\\n", "\n") for text in config.prompt]
     prompts = [Instruction(text) if config.instruction else text for text in texts]
     tokens = [tokenize_prompt(prompt, model.tokenizer) for prompt in prompts]

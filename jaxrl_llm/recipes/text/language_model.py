@@ -34,6 +34,7 @@ from jaxrl_llm.models import (
     adapt,
     from_pretrained,
     head_kernel,
+    load_adapters,
     merge_lora,
     save_adapters,
     save_pretrained,
@@ -47,8 +48,8 @@ from jaxrl_llm.types import Key, Params
 
 CHARACTERS = "characters:"
 TASK = "task:"
-ADAPTER = "adapter.safetensors"
-"""The trained adapters of a run, beside the folder of its model, in which they are merged."""
+ADAPTER = "adapter"
+"""Folder of the trained adapters of a run, beside that of its model, in which they are merged."""
 
 
 class LanguageModel(NamedTuple):
@@ -127,11 +128,15 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
 
 
 def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:
-    """Puts fresh adapters beside the parameters if the options say so.
+    """Puts adapters beside the parameters if the options say so: saved ones, or fresh ones; without `lora` merges the saved.
 
     Raises:
-        ValueError: If `target_modules` names no layer.
+        FileNotFoundError: If there are no such saved adapters.
+        ValueError: If `target_modules` names no layer, or the saved adapters do not fit.
     """
+    if options.adapter:
+        adapted = load_adapters(options.adapter, model.module, jax.tree.map(jnp.asarray, model.params))
+        return model._replace(params=adapted if options.lora else merge_lora(adapted))
     if options.lora_config is None:
         return model
     base = jax.tree.map(jnp.asarray, model.params)  # every step reads it: it is put in its place once
@@ -142,7 +147,7 @@ def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
     """Saves a trained model and its tokenizer; adapters are merged into it, and saved beside the folder too."""
     save_pretrained(folder, model.module, merge_lora(params), model.tokenizer)
     if isinstance(params, Adapted):
-        save_adapters(folder.with_name(ADAPTER), params.lora)
+        save_adapters(folder.with_name(ADAPTER), model.module, params)
 
 
 def sizes(config: ModelOptions, model: LanguageModel) -> dict[str, Any]:

@@ -237,7 +237,7 @@ def _with_fixed(loss_fn: Callable[..., tuple[Scalar, Metrics]], fixed: Fixed) ->
 def _load_best(folder: Path, model: LanguageModel, base: Adapted | None) -> Params:
     """Loads what early stopping kept."""
     if base is not None:
-        return join_trainable(load_adapters(folder.with_name(ADAPTER)), base)
+        return load_adapters(folder.with_name(ADAPTER), model.module, base.base)
     load = from_pretrained_reward_model if isinstance(model.module, ScalarHead) else from_pretrained
     return load(folder)[1]
 

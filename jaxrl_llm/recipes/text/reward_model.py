@@ -130,7 +130,9 @@ def load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
         ValueError: If a saved model comes without a tokenizer.
     """
     key, lora_key = jax.random.split(key) if options.lora else (key, key)
-    return with_adapters(_load_reward_model(dataclasses.replace(options, lora=False), key), options, lora_key)
+    return with_adapters(
+        _load_reward_model(dataclasses.replace(options, lora=False, adapter=""), key), options, lora_key
+    )
 
 
 def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
