@@ -1,10 +1,12 @@
 """LoRA: low-rank adapters beside the kernels of a frozen model.
 
 An adapted layer computes y = x W + s · dropout(x) A B with rank r and s = lora_alpha / r; W stays as it is, and no merged
-copy of it is ever made. Adapters are a tree of their own, with the paths of the kernels that they adapt:
+copy of it is ever made. DoRA rescales each output, x (W + s A B) · m / ‖W + s A B‖, by a trained magnitude m; the norm, of a
+column, counts as a constant in the gradient. Adapters are a tree of their own, with the paths of what they adapt:
 
-    blocks/qkv      a [layers, in, r], b [layers, r, out]
+    blocks/qkv      a [layers, in, r], b [layers, r, out], with DoRA m [layers, out]
     score/kernel    [hidden, 1], only of a `ScalarHead`: the new head is trained whole
+    blocks/…/bias   biases that are trained whole too, if `bias` says so
 
     params = adapt(key, params, LoraConfig(r=8))             # Adapted(base, lora, config)
     logits, _ = module.apply({"params": params}, tokens)     # as with plain parameters: sampling and scoring too
@@ -14,25 +16,31 @@ copy of it is ever made. Adapters are a tree of their own, with the paths of the
 
 References:
     Hu et al., 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; the scale of rsLoRA:
-    Kalajdzievski, 2023, arXiv 2312.03732. Names and initial values are those of PEFT.
+    Kalajdzievski, 2023, arXiv 2312.03732; DoRA: Liu et al., 2024, arXiv 2402.09353, eq. 5 and section 4.3. Names and initial
+    values are those of PEFT.
 """
 
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from jaxrl_llm.types import Key, Params
 
 ALL_LINEAR = "all-linear"
 DEFAULT_TARGETS = ("qkv", "query", "value")
 """What is adapted by default: GPT-2's fused projection of queries, keys and values; of Llama, queries and values."""
-TRAINED_WHOLE = ("score",)
+PAIR = ("a", "b", "m")
+"""Leaves of adapters; all others in their tree stand in the place of the base's."""
+
+
+Bias = Literal["none", "all", "lora_only"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +54,8 @@ class LoraConfig:
         target_modules: Layers to adapt: each a name (`query`) or a regular expression for a whole path
             (`blocks/mlp_.*`), or `all-linear`; empty: `DEFAULT_TARGETS`.
         use_rslora: Divide lora_alpha by √r instead of r, so that large ranks learn as fast as small ones.
+        use_dora: Train a magnitude for each output of an adapted layer too (DoRA).
+        bias: Biases to train besides: none, those of the adapted layers (lora_only), or all.
 
     Raises:
         ValueError: If a number is out of its range.
@@ -56,6 +66,8 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ()
     use_rslora: bool = False
+    use_dora: bool = False
+    bias: Bias = "none"
 
     def __post_init__(self):
         targets = self.target_modules
@@ -67,6 +79,8 @@ class LoraConfig:
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout is a probability in [0, 1), got {self.lora_dropout}.")
+        if self.bias not in get_args(Bias):
+            raise ValueError(f"bias must be one of {get_args(Bias)}, got {self.bias!r}.")
 
     @property
     def scale(self) -> float:
@@ -117,7 +131,7 @@ def adapt(key: Key, params: Params, config: LoraConfig) -> Adapted:
 
 
 def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
-    """Makes adapters: `a` uniform in ±1 / √in (Kaiming, as in PEFT), `b` zero.
+    """Makes adapters: `a` uniform in ±1 / √in (Kaiming, as in PEFT), `b` zero, `m` as the kernels have it.
 
     Args:
         key: Key of the adapters.
@@ -134,10 +148,24 @@ def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
         bound = inputs**-0.5
         pairs[f"{path}/a"] = jax.random.uniform(init_key, (layers, inputs, config.r), jnp.float32, -bound, bound)
         pairs[f"{path}/b"] = jnp.zeros((layers, config.r, outputs), jnp.float32)
+        if config.use_dora:
+            pairs[f"{path}/m"] = _column_norms(jnp.asarray(kernels[path], jnp.float32))
+    leaves = flat_leaves(params)
     # Copies, for a training step gives the memory of what it trains away.
-    return nested_leaves(pairs) | {
-        name: jax.tree.map(jnp.copy, params[name]) for name in TRAINED_WHOLE if name in params
-    }
+    return nested_leaves(pairs | {path: jnp.copy(leaves[path]) for path in trained_whole(params, config, kernels)})
+
+
+def trained_whole(params: Params, config: LoraConfig, layers: Collection[str]) -> list[str]:
+    """Lists the leaves that are trained themselves beside adapters of these layers: a new head, and biases."""
+    asked = {"none": set(), "lora_only": {f"{path}/bias" for path in layers}, "all": None}[config.bias]
+    paths = flat_leaves(params)
+    biases = [path for path in paths if path.endswith("/bias") and (asked is None or path in asked)]
+    return [path for path in paths if path.startswith("score/")] + biases
+
+
+def _column_norms(kernel: Array) -> Array:
+    """Norms over the inputs, one for each output."""
+    return jnp.sqrt(jnp.sum(kernel**2, axis=-2))
 
 
 def _linear_kernels(params: Params) -> dict[str, Any]:
@@ -191,10 +219,11 @@ class LoraModule(nn.Module):
         params = variables.get("params")
         if not isinstance(params, Adapted):
             return super().apply(variables, *args, **kwargs)
-        lora = params.lora or {}
-        base = {**params.base, **{name: lora[name] for name in TRAINED_WHOLE if name in lora}}
-        adapters = {name: pair for name, pair in lora.items() if name not in TRAINED_WHOLE}
-        variables = {**variables, "params": base, "lora": adapters}
+        leaves = flat_leaves(params.lora or {})
+        whole = {path: leaf for path, leaf in leaves.items() if path.rsplit("/", 1)[-1] not in PAIR}
+        adapters = {path: leaf for path, leaf in leaves.items() if path not in whole}
+        base = nested_leaves(flat_leaves(params.base) | whole)
+        variables = {**variables, "params": base, "lora": nested_leaves(adapters)}
         dropout = 0.0 if kwargs.get("deterministic", True) else params.config.lora_dropout
         with _adapted_layers(params.config.scale, dropout):
             return super().apply(variables, *args, **kwargs)
@@ -203,6 +232,9 @@ class LoraModule(nn.Module):
 @contextlib.contextmanager
 def _adapted_layers(scale: float, dropout: float) -> Iterator[None]:
     """Lets each linear layer add what its adapters say; those of a scan or under remat too, for they are traced here."""
+
+    def of_outputs(x: Array, outputs: Array) -> Array:
+        return jnp.broadcast_to(x.astype(outputs.dtype), outputs.shape)
 
     def add(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
         outputs, module = next_fun(*args, **kwargs), context.module
@@ -213,11 +245,25 @@ def _adapted_layers(scale: float, dropout: float) -> Iterator[None]:
         if dropout > 0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - dropout, inputs.shape)
             inputs = jnp.where(keep, inputs / (1 - dropout), 0)
-        a, b = (module.get_variable("lora", name).astype(outputs.dtype) for name in "ab")
-        return outputs + scale * ((inputs @ a) @ b)
+        a, b = (module.get_variable("lora", name) for name in "ab")
+        change = scale * ((inputs @ a.astype(outputs.dtype)) @ b.astype(outputs.dtype))
+        if not module.has_variable("lora", "m"):
+            return outputs + change
+        kernel = module.get_variable("params", "kernel")
+        gain = of_outputs(_gain(kernel, a, b, module.get_variable("lora", "m"), scale), outputs)
+        bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else jnp.zeros(())
+        # What is rescaled drops out as the change does; where nothing does, it need not be computed again.
+        plain = inputs @ kernel.astype(outputs.dtype) if dropout > 0 else outputs - of_outputs(bias, outputs)
+        return outputs + (gain - 1) * plain + gain * change
 
     with nn.intercept_methods(add):
         yield
+
+
+def _gain(kernel: Array, a: Array, b: Array, magnitude: Array, scale: float) -> Array:
+    """Computes DoRA's factor of each output, m / ‖W + s A B‖, whose norm is a constant in the gradient."""
+    merged = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
+    return magnitude / jax.lax.stop_gradient(_column_norms(merged))
 
 
 def merge_lora(params: Params) -> Params:
@@ -237,8 +283,12 @@ def merge_lora(params: Params) -> Params:
         if not isinstance(lora, Mapping):
             return lora  # trained whole
         if "a" in lora:
-            change = jnp.matmul(lora["a"], lora["b"], precision="highest")
-            return {**base, "kernel": (base["kernel"] + scale * change).astype(base["kernel"].dtype)}
+            a, b, kernel = lora["a"], lora["b"], base["kernel"]
+            merged = kernel + scale * jnp.matmul(a, b, precision="highest")
+            if "m" in lora:
+                merged *= jnp.expand_dims(_gain(kernel, a, b, lora["m"], scale), -2)
+            whole = {name: leaf for name, leaf in lora.items() if name not in PAIR}
+            return {**base, **whole, "kernel": merged.astype(kernel.dtype)}
         return {**base, **{name: merge(base[name], lora[name]) for name in lora}}
 
     return merge(params.base, params.lora or {})

@@ -10,34 +10,37 @@ References:
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_llm.models.architectures import ARCHITECTURES
-from jaxrl_llm.models.checkpoint import Layout
 from jaxrl_llm.models.decoder import Decoder
 from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.models.lora import TRAINED_WHOLE, Adapted, LoraConfig, flat_leaves, nested_leaves
+from jaxrl_llm.models.lora import Adapted, LoraConfig, flat_leaves, init_lora, nested_leaves
 from jaxrl_llm.models.pretrained import published
 from jaxrl_llm.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SCORE = f"{PREFIX}score.weight"
-PAIR = {"a": "lora_A", "b": "lora_B"}
-"""PEFT keeps each as torch keeps linear layers, [outputs, inputs]: ours are transposed."""
+ADAPTERS = {"a": ".lora_A.weight", "b": ".lora_B.weight", "m": ".lora_magnitude_vector"}
+"""PEFT keeps the first two as torch keeps linear layers, [outputs, inputs]: ours are transposed."""
+SHARED = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "bias")
 UNSUPPORTED = {
-    "bias": ("none",),
-    "use_dora": (False,),
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layers_to_transform": (None,),
     "layer_replication": (None,),
     "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "lora_bias": (False,),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
 }
 """What our adapters do not have, with the values that leave it off. Other ways to begin than these change the base too."""
 
@@ -60,29 +63,23 @@ def save_adapters(
 
     if params.lora is None:
         raise ValueError("params have their adapters off: save what is trained, join_trainable(trainable, frozen).")
+    tensors, targets = {}, set[str]()
+    for row, leaf in zip(_rows(module, flat_leaves(params.lora)), flat_leaves(params.lora).values(), strict=True):
+        array = np.asarray(leaf)
+        array = array.swapaxes(-1, -2) if row.transposed else array
+        parts = array if row.stacked else [array]
+        tensors |= {name: np.ascontiguousarray(part) for name, part in zip(row.tensors, parts, strict=True)}
+        targets |= {row.module} if row.module else set()
     decoder = module.backbone if isinstance(module, ScalarHead) else module
-    names, tensors, targets = _names(module), {}, set()
-    for leaf_path, leaf in flat_leaves(params.lora).items():
-        layer, kind = leaf_path.rsplit("/", 1)
-        if kind not in PAIR:
-            tensors[SCORE] = np.ascontiguousarray(np.asarray(leaf).T)
-            continue
-        targets.add(names[layer].split("*.")[-1])
-        for index, array in enumerate(np.asarray(leaf)):
-            tensors[_tensor(names[layer], index, kind)] = np.ascontiguousarray(array.T)
     config = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if isinstance(module, ScalarHead) else "CAUSAL_LM",
         "base_model_name_or_path": base_model or None,
         "inference_mode": True,
-        "r": params.config.r,
-        "lora_alpha": params.config.lora_alpha,
-        "lora_dropout": params.config.lora_dropout,
-        "use_rslora": params.config.use_rslora,
+        **{name: getattr(params.config, name) for name in SHARED},
         "target_modules": sorted(targets),
         "fan_in_fan_out": isinstance(decoder, GPT2),  # whose Conv1D keeps [inputs, outputs]
-        "bias": "none",
-        "modules_to_save": ["score"] if SCORE in tensors else None,
+        "modules_to_save": ["score"] if "score" in params.lora else None,
     }
     with published(Path(path), WEIGHTS) as folder:
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
@@ -115,62 +112,79 @@ def load_adapters(path: str | os.PathLike[str], module: Decoder | ScalarHead, pa
         if found.get(name, implemented[0]) not in implemented:
             raise ValueError(f"{folder / CONFIG} sets {name}={found[name]!r}; only {implemented[0]!r} is implemented.")
     tensors = load_file(folder / WEIGHTS)
-    kernels, leaves = flat_leaves(params), {}
-    for layer, name in _names(module).items():
-        if _tensor(name, 0, "a") in tensors:
-            layers, inputs, outputs = kernels[f"{layer}/kernel"].shape
-            shapes = {"a": (found["r"], inputs), "b": (outputs, found["r"])}
-            for kind in PAIR:
-                rows = [_take(tensors, _tensor(name, index, kind), shapes[kind]) for index in range(layers)]
-                leaves[f"{layer}/{kind}"] = np.stack(rows).swapaxes(1, 2)
-    targets = tuple(sorted({leaf.rsplit("/", 1)[0] for leaf in leaves}))
-    if SCORE in tensors and "score/kernel" in kernels:
-        leaves["score/kernel"] = _take(tensors, SCORE, kernels["score/kernel"].shape[::-1]).T
-    if tensors or not targets:
+    layers = [
+        leaf.removesuffix("/kernel") for leaf in flat_leaves(params) if leaf.endswith("/kernel") and "blocks/" in leaf
+    ]
+    firsts = _rows(module, {f"{layer}/a": np.empty((1, 0, 0)) for layer in layers})
+    targets = [re.escape(layer) for layer, row in zip(layers, firsts, strict=True) if row.tensors[0] in tensors]
+    if not targets:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: unexpected {sorted(tensors)[:5]}.")
-    config = LoraConfig(
-        r=found["r"],
-        lora_alpha=found["lora_alpha"],
-        lora_dropout=found.get("lora_dropout", 0.0),
-        target_modules=tuple(map(re.escape, targets)),
-        use_rslora=found.get("use_rslora", False),
-    )
-    whole = {name: params[name] for name in TRAINED_WHOLE if name in params}
-    return Adapted(params, whole | nested_leaves({name: jnp.asarray(leaf) for name, leaf in leaves.items()}), config)
+    config = LoraConfig(target_modules=targets, **{name: found[name] for name in SHARED if name in found})
+    like = flat_leaves(jax.eval_shape(lambda: init_lora(jax.random.key(0), params, config)))
+    leaves = {}
+    for row, (leaf, shape) in zip(_rows(module, like), like.items(), strict=True):
+        parts = [_take(tensors, name) for name in row.tensors]
+        array = np.stack(parts) if row.stacked else parts[0]
+        array = array.swapaxes(-1, -2) if row.transposed else array
+        if array.shape != shape.shape:
+            raise ValueError(
+                f"{row.tensors[0]} gives an array of shape {array.shape}, but the model asks for {shape.shape}."
+            )
+        leaves[leaf] = jnp.asarray(array)
+    if tensors:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model: unexpected {sorted(tensors)[:5]}.")
+    return Adapted(params, nested_leaves(leaves), config)
 
 
-def _layout(module: Decoder | ScalarHead) -> Layout:
-    if isinstance(module, ScalarHead):
-        return ARCHITECTURES[module.backbone.config.model_type].layout.of_scalar_head()
-    return ARCHITECTURES[module.config.model_type].layout
+class _Row(NamedTuple):
+    """Where a leaf of adapters lies in the file.
+
+    Attributes:
+        tensors: One, or one for each layer.
+        stacked: Whether it is one for each layer.
+        transposed: Whether they are kept as [outputs, inputs].
+        module: PEFT's name of the adapted module, for the first leaf of each; else empty.
+    """
+
+    tensors: list[str]
+    stacked: bool
+    transposed: bool
+    module: str
 
 
-def _names(module: Decoder | ScalarHead) -> dict[str, str]:
-    """Path of each of our linear layers -> PEFT's name, with `*` for the number of the layer."""
-    layout = _layout(module)
-    rows = layout.names.items()
-    return {
-        leaf.removesuffix("/kernel"): PREFIX + layout.prefix + name.removesuffix(".weight")
-        for name, leaf in rows
-        if "*" in name and leaf.endswith("/kernel")
-    }
+def _rows(module: Decoder | ScalarHead, leaves: Mapping[str, Any]) -> list[_Row]:
+    """Finds the tensors of each of these leaves of adapters."""
+    is_scalar = isinstance(module, ScalarHead)
+    layout = ARCHITECTURES[(module.backbone if is_scalar else module).config.model_type].layout
+    layout = layout.of_scalar_head() if is_scalar else layout
+    names = {leaf: name for name, leaf in layout.names.items()}
+
+    def row(path: str, leaf: Any) -> _Row:
+        layer, kind = path.rsplit("/", 1)
+        if kind in ADAPTERS:
+            adapted = names[f"{layer}/kernel"].removesuffix(".weight")
+            name, transposed = adapted + ADAPTERS[kind], kind in "ab"
+        else:
+            adapted, name, transposed = "", names[path], names[path] in layout.transposed
+            if f"{layer}/a" in leaves:
+                name = name.removesuffix("bias") + "base_layer.bias"
+        full = PREFIX + ("" if name in layout.heads else layout.prefix) + name
+        stacked = "*" in name
+        tensors = [full.replace("*", str(index)) for index in range(leaf.shape[0])] if stacked else [full]
+        return _Row(tensors, stacked, transposed, adapted.split("*.")[-1] if kind == "a" else "")
+
+    return [row(path, leaf) for path, leaf in leaves.items()]
 
 
-def _tensor(name: str, layer: int, kind: str) -> str:
-    return f"{name.replace('*', str(layer))}.{PAIR[kind]}.weight"
-
-
-def _take(tensors: dict[str, np.ndarray], name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
     """Takes a tensor out, in float32.
 
     Raises:
-        ValueError: If it is missing, of another shape or not finite.
+        ValueError: If it is missing or not finite.
     """
     if name not in tensors:
         raise ValueError(f"The adapters lack {name}: ours adapt a kind of layer throughout the model.")
     tensor = tensors.pop(name).astype(np.float32)
-    if tensor.shape != shape:
-        raise ValueError(f"{name} has shape {tensor.shape}, but the model and r ask for {shape}.")
     if not np.isfinite(tensor).all():
         raise ValueError(f"{name} has NaN or infinite values: the run that saved it diverged, or the file is damaged.")
     return tensor

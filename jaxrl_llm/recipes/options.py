@@ -81,12 +81,18 @@ class LoraOptions:
     """Layers to adapt: names (`query`), expressions for whole paths (`blocks/mlp_.*`), or all-linear; empty: attention."""
     use_rslora: bool = False
     """Divide lora_alpha by the root of the rank, not by the rank."""
+    use_dora: bool = False
+    """Train a magnitude for each output of an adapted layer too (DoRA)."""
+    lora_bias: Literal["none", "lora_only", "all"] = "none"
+    """Biases to train besides: none, those of the adapted layers (lora_only), or all."""
 
     def validate_lora(self) -> None:
         """Checks the values."""
         require_at_least(1, lora_r=self.lora_r)
         require("lora_alpha", self.lora_alpha, "positive", lambda alpha: alpha > 0)
         require("lora_dropout", self.lora_dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
+        names = ("none", "lora_only", "all")
+        require("lora_bias", self.lora_bias, f"one of {names}", lambda name: name in names)
         for field in dataclasses.fields(LoraOptions):
             unchanged = field.name in ("lora", "adapter") or getattr(self, field.name) == field.default
             meant = f"{field.default!r} unless lora is true: nothing else reads it"
@@ -105,6 +111,8 @@ class LoraOptions:
             lora_dropout=self.lora_dropout,
             target_modules=self.target_modules,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            bias=self.lora_bias,
         )
 
 

@@ -173,6 +173,7 @@ def _step(
     observation, state, reward, terminated, truncated, info = jax.vmap(env.step, in_axes=(0, 0, 0, None))(
         keys, now.state, clip_action(env, env_params, action), env_params
     )
+    reward = reward.astype(jnp.float32)  # some environments pay whole numbers
     episode_return, episode_length = now.episode_return + reward, now.episode_length + 1
     done = terminated | truncated
     transition = Transition(

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxrl_llm.models import (
@@ -25,7 +26,8 @@ from jaxrl_llm.models import (
     split_trainable,
 )
 from jaxrl_llm.rollouts import generate, score_completions
-from jaxrl_llm.training import init_train_state
+from jaxrl_llm.training import init_train_state, make_train_step
+from tests.unchecked import unchecked
 
 GPT2_SIZES = {"vocab_size": 13, "n_positions": 16, "n_embd": 8, "n_layer": 3, "n_head": 2}
 LLAMA_SIZES = {
@@ -76,13 +78,19 @@ def logits_of(module, params, *, deterministic=True, seed=0):
         ("gpt2", LoraConfig(r=2)),
         ("gpt2", LoraConfig(r=4, lora_alpha=3, target_modules=("all-linear",), use_rslora=True)),
         ("llama", LoraConfig(r=3, target_modules=("all-linear",))),
+        ("gpt2", LoraConfig(r=2, use_dora=True, bias="lora_only")),
+        ("llama", LoraConfig(r=2, use_dora=True)),
+        ("gpt2", LoraConfig(r=2, bias="all")),
     ],
 )
 def test_fresh_adapters_change_no_bit_and_trained_ones_equal_the_merged_weights(name, config):
     module, params = make(name)
     adapted = adapt(jax.random.key(1), params, config)
     plain = logits_of(module, params)
-    np.testing.assert_array_equal(logits_of(module, adapted), plain)
+    if config.use_dora:  # norms of stacked layers and of one may differ by a rounding
+        np.testing.assert_allclose(logits_of(module, adapted), plain, atol=1e-6)
+    else:
+        np.testing.assert_array_equal(logits_of(module, adapted), plain)
     adapted = trained(adapted)
     logits = logits_of(module, adapted)
     assert abs(logits - plain).max() > 0.1
@@ -107,6 +115,67 @@ def test_the_gradient_reaches_adapters_alone_and_is_that_through_the_merged_weig
         kernel = whole[layer]["kernel"]
         np.testing.assert_allclose(found["a"], 3 * kernel @ b.transpose(0, 2, 1), atol=1e-4, rtol=1e-4)
         np.testing.assert_allclose(found["b"], 3 * a.transpose(0, 2, 1) @ kernel, atol=1e-4, rtol=1e-4)
+
+
+def test_dora_by_its_definition_with_the_norm_as_a_constant():
+    module, params = make("gpt2")
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=("mlp_in",), use_dora=True)
+    adapted = trained(adapt(jax.random.key(1), params, config))
+    pair, base = adapted.lora["blocks"]["mlp_in"], params["blocks"]["mlp_in"]["kernel"]
+
+    def loss(kernel):
+        changed = {**params["blocks"], "mlp_in": {**params["blocks"]["mlp_in"], "kernel": kernel}}
+        return jnp.sin(module.apply({"params": {**params, "blocks": changed}}, TOKENS)[0]).sum()
+
+    direction = base + 3 * pair["a"] @ pair["b"]
+    norm = jnp.linalg.norm(direction, axis=1, keepdims=True)
+    by_hand = jax.jit(jax.grad(lambda a, b, m: loss((base + 3 * a @ b) / norm * m[:, None]), argnums=(0, 1, 2)))
+    trainable, frozen = split_trainable(adapted)
+
+    def loss_of_adapters(lora):
+        return jnp.sin(module.apply({"params": join_trainable(lora, frozen)}, TOKENS)[0]).sum()
+
+    found = jax.jit(jax.grad(loss_of_adapters))(trainable)["blocks"]["mlp_in"]
+    for name, expected in zip("abm", by_hand(pair["a"], pair["b"], pair["m"]), strict=True):
+        np.testing.assert_allclose(found[name], expected, atol=1e-4, rtol=1e-3)
+    # Where inputs drop out, only the change does.
+    noisy = dataclasses.replace(adapted, config=dataclasses.replace(config, lora_dropout=0.5))
+    assert abs(logits_of(module, noisy, deterministic=False) - logits_of(module, adapted)).max() > 0.01
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 1), ("all", 7)])
+def test_biases_are_trained_whole_if_asked_for(bias, count):
+    params = make("gpt2")[1]
+    adapted = adapt(jax.random.key(1), params, LoraConfig(r=2, bias=bias))
+    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(adapted.lora)]
+    assert sum("bias" in path for path in paths) == count
+    merged = merge_lora(trained(adapted))
+    moved = jax.tree.map(lambda old, new: not np.array_equal(old, new), params, merged)
+    assert moved["blocks"]["qkv"]["bias"] == (count > 0)
+    assert moved["final_norm"]["bias"] == (count > 1)
+    assert not moved["final_norm"]["scale"]
+
+
+def test_several_adapters_are_trained_at_once_beside_one_base():
+    module, params = make("gpt2")
+    starts = [adapt(jax.random.key(seed), params, LoraConfig(r=2)) for seed in range(3)]
+    frozen = split_trainable(starts[0])[1]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(start.lora for start in starts))
+    optimizer = optax.adam(1e-2)
+
+    def loss_fn(lora, batch, key):
+        del key
+        logits = module.apply({"params": join_trainable(lora, frozen)}, batch)[0]
+        return jnp.sin(logits).sum(), {}
+
+    step = make_train_step(loss_fn, optimizer)
+    train = lambda lora, batch: step(init_train_state(lora, optimizer), batch, jax.random.key(0))  # noqa: E731
+    batches = jnp.stack([TOKENS, TOKENS + 1, TOKENS + 2]) % 13
+    together, _ = jax.jit(jax.vmap(train))(stack, batches)
+    for index, start in enumerate(starts):
+        alone, _ = jax.jit(train)(start.lora, batches[index])
+        one = jax.tree.map(lambda leaf, index=index: leaf[index], together.params)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), one, alone.params)
 
 
 def test_gpt2_of_124m_has_as_many_adapters_as_the_guide_says():
@@ -203,6 +272,14 @@ def test_settings_out_of_range_are_refused(settings, message):
         LoraConfig(**settings)
 
 
+def test_biases_are_chosen_by_peft_s_words():
+    with (
+        unchecked(),
+        pytest.raises(ValueError, match=r"bias must be one of \('none', 'all', 'lora_only'\), got 'some'"),
+    ):
+        LoraConfig(bias="some")
+
+
 def test_the_scale_is_alpha_by_rank_or_by_its_root_and_one_name_or_a_list_will_do():
     assert LoraConfig(r=4, lora_alpha=6).scale == 1.5
     assert LoraConfig(r=4, lora_alpha=6, use_rslora=True).scale == 3.0
@@ -240,7 +317,5 @@ def test_a_new_scalar_head_is_trained_whole_beside_the_adapters():
 
 
 def test_a_training_state_of_base_and_adapters_together_is_refused():
-    import optax
-
     with pytest.raises(TypeError, match=r"would train the base too.*split_trainable"):
         init_train_state(adapt(jax.random.key(0), make("gpt2")[1], LoraConfig(r=2)), optax.sgd(0.1))

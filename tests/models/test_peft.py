@@ -63,12 +63,12 @@ def test_what_was_saved_is_loaded_to_the_bit(saved):
 def test_llama_and_a_scalar_head_are_saved_under_their_names(tmp_path):
     decoder, decoder_params = make("llama")
     module, params = ScalarHead(decoder), scalar_head_params(jax.random.key(1), decoder_params)
-    config = LoraConfig(r=3, target_modules=("query", "mlp_out"), use_rslora=True)
+    config = LoraConfig(r=3, target_modules=("query", "mlp_out"), use_rslora=True, use_dora=True)
     adapted = trained(adapt(jax.random.key(2), params, config))
     save_adapters(tmp_path / "adapter", module, adapted)
     tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
     layers = [f"base_model.model.model.layers.{i}.{layer}" for i in range(3) for layer in LLAMA_LAYERS]
-    names = [f"{layer}.lora_{x}.weight" for layer in layers for x in "AB"]
+    names = [f"{layer}.lora_{x}" for layer in layers for x in ("A.weight", "B.weight", "magnitude_vector")]
     assert sorted(tensors) == sorted([*names, "base_model.model.score.weight"])
     assert tensors["base_model.model.score.weight"].shape == (1, 8)
     written = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
@@ -82,11 +82,12 @@ def test_llama_and_a_scalar_head_are_saved_under_their_names(tmp_path):
     ("changes", "message"),
     [
         ({"peft_type": "IA3"}, "holds peft_type='IA3'; only LORA"),
-        ({"use_dora": True}, "sets use_dora=True; only False is implemented"),
-        ({"bias": "all"}, "sets bias='all'; only 'none' is implemented"),
+        ({"use_dora": True}, "lack .*h.0.attn.c_attn.lora_magnitude_vector"),
+        ({"bias": "all"}, "lack .*bias"),
+        ({"lora_bias": True}, "sets lora_bias=True; only False is implemented"),
         ({"rank_pattern": {"c_attn": 4}}, "sets rank_pattern="),
         ({"init_lora_weights": "pissa"}, "sets init_lora_weights='pissa'"),
-        ({"r": 4}, r"lora_A.weight has shape \(2, 8\), but the model and r ask for \(4, 8\)"),
+        ({"r": 4}, r"lora_A.weight gives an array of shape \(3, 8, 2\), but the model asks for \(3, 8, 4\)"),
     ],
 )
 def test_other_adapters_are_refused_by_what_they_say(saved, changes, message):
@@ -124,9 +125,13 @@ def test_missing_files_and_adapters_that_are_off_are_refused(saved, tmp_path):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gpt2", {}), ("llama", {"use_rslora": True}), ("llama", {"use_dora": True})]
+    + [("gpt2", {"bias": bias, "use_dora": True}) for bias in ("lora_only", "all")],
+)
 @pytest.mark.filterwarnings("ignore")
-def test_adapters_of_peft_give_its_logits_here_and_ours_there(name, tmp_path):
+def test_adapters_of_peft_give_its_logits_here_and_ours_there(name, kind, tmp_path):
     torch, peft, transformers = (pytest.importorskip(library) for library in ("torch", "peft", "transformers"))
     from jaxrl_llm.models import from_pretrained, save_pretrained
 
@@ -138,12 +143,12 @@ def test_adapters_of_peft_give_its_logits_here_and_ours_there(name, tmp_path):
     params = module.init(jax.random.key(0), TOKENS)["params"]
     save_pretrained(tmp_path / "base", module, params)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    options = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", use_rslora=True)
+    options = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **kind)
     theirs = peft.get_peft_model(theirs, options).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter_name, parameter in theirs.named_parameters():
-        if "lora_" in parameter_name:
-            parameter.data.normal_(0, 0.3, generator=generator)
+        if parameter.requires_grad:
+            parameter.data.normal_("magnitude" in parameter_name, 0.3, generator=generator)
     theirs.save_pretrained(tmp_path / "theirs")
     tokens = torch.tensor(np.asarray(TOKENS))
 

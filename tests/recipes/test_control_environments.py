@@ -71,7 +71,8 @@ def test_seeds_on_several_devices_and_environments_on_several_devices_give_the_s
     chex.assert_trees_all_close(jax.device_get(on_devices), jax.device_get(on_one), rtol=1e-4, atol=1e-5)
     mesh = jax.make_mesh((2,), ("seeds",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     seeds = PartitionSpec("seeds")
-    mapped = jax.shard_map(jax.vmap(lambda key: ppo.train(key, TINY)), mesh=mesh, in_specs=seeds, out_specs=seeds)
+    train = jax.vmap(lambda key: ppo.train(key, TINY))
+    mapped = jax.shard_map(train, mesh=mesh, in_specs=seeds, out_specs=seeds, check_vma=False)
     chex.assert_trees_all_close(
         jax.device_get(jax.jit(mapped)(make_keys(jnp.arange(2)))), jax.device_get(on_one), rtol=1e-4, atol=1e-5
     )
@@ -98,7 +99,7 @@ def last_metrics(folder):
 
 def test_the_runs_of_a_sweep_are_divided_over_devices(swept, tmp_path):
     cli.main([*(SWEEP + GRID).split(), "--output-dir", str(tmp_path / "run"), "--num-devices", "4"])
-    chex.assert_trees_all_close(last_metrics(tmp_path / "run"), last_metrics(swept), rtol=1e-4)
+    chex.assert_trees_all_close(last_metrics(tmp_path / "run"), last_metrics(swept), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -107,10 +108,10 @@ def test_the_environments_of_a_run_are_divided_over_devices_and_a_checkpoint_mov
     words = [*SWEEP.split(), "--eval-episodes", "3", "--updates-per-step", "1", "--save-steps", "1", *normalize]
     for devices in (1, 2):
         cli.main([*words, "--output-dir", str(tmp_path / f"on_{devices}"), "--num-devices", str(devices)])
-    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4)
+    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
     shutil.rmtree(tmp_path / "on_2/checkpoints/2")
     cli.main([*words, "--output-dir", str(tmp_path / "on_2"), "--num-devices", "1", "--resume"])
-    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4)
+    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
