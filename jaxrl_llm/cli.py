@@ -80,7 +80,7 @@ def _run(name: str, options: list[str]) -> None:
     preset, options = _take_preset(name, options, presets)
     description = module.__doc__ or ""
     if presets:
-        description += f"\n--preset NAME sets other defaults, that further options change: {', '.join(presets)}."
+        description += f"\nOther defaults, which further options change, by --preset NAME: {', '.join(presets)}."
     default = presets.get(preset, tyro.MISSING_NONPROP)
     config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=description, args=options, default=default)
     try:

@@ -137,7 +137,9 @@ def test_every_preset_is_a_run_that_can_be_made(command):
 
 
 def test_a_preset_that_is_not_there_is_refused():
-    assert "preset must be one of guide, guide-shared, got 'gide'" in refused("control", "ppo", "--preset", "gide")
+    assert "preset must be one of cleanrl, guide, guide-shared, got 'gide'" in refused(
+        "control", "ppo", "--preset", "gide"
+    )
     assert "preset must be left out, for this command has none" in refused("generate", "--preset", "guide")
 
 

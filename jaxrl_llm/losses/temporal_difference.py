@@ -48,11 +48,12 @@ def q_learning_loss(
         0.5
     """
     weights = row_weights(rewards, axis_name=axis_name) if weights is None else weights
+    counts = weights != 0
     chosen = jnp.argmax(next_q_values if next_q_online is None else next_q_online, axis=1)
     future = jnp.where(discounts > 0, _take(next_q_values, chosen), 0)  # what comes after the end may be anything
     target = jax.lax.stop_gradient(rewards + discounts * future)
-    predicted = _take(q_values, actions)
-    error = predicted - target
+    predicted = _take(jnp.where(counts[:, None], q_values, 0), actions)
+    error = jnp.where(counts, predicted - target, 0)
     squares = error**2 / 2
     if huber_delta is not None:
         beyond = huber_delta * (jnp.abs(error) - huber_delta / 2)

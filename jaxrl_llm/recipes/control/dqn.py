@@ -100,8 +100,8 @@ class Config(StepOptions):
     dueling: bool = False
     """Split the network into a value and advantages."""
     n_step: int = 3
-    """Rewards that are summed before the value of the state reached, at most num_steps; the end of an episode or of the
-    steps between two updates ends the sum earlier."""
+    """Rewards that are summed before the value of the state reached, at most num_steps.
+    The end of an episode, or of the steps between two updates, ends the sum earlier."""
     huber_delta: OptionalHyperparameter = None
     """Error beyond which the loss grows linearly; None: squares all the way."""
 

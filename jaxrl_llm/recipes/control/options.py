@@ -87,8 +87,8 @@ class ControlOptions(RunOptions):
     """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99.
     Every combination is run with every seed, all as one program."""
     num_devices: int = 1
-    """Devices that share the work. Runs are divided over them; where their number does not divide evenly, the
-    environments of each run are (not of reinforce and grpo). Either way each run is the one that one device makes."""
+    """Devices that share the work: they divide the runs, or else the environments of each (not of reinforce and grpo).
+    Either way each run is the one that one device makes."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
     logging_steps: int = 1

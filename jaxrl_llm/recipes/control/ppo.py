@@ -71,8 +71,8 @@ class Config(OnPolicyOptions, FirstOrderOptions):
     learning_rate: Hyperparameter = 1e-3
     """Step size."""
     vf_clip_eps: OptionalHyperparameter = None
-    """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip. It bounds how far an
-    update moves the critic."""
+    """Half-width of the clip of values around those of the rollout, in units of reward; None: no clip.
+    It bounds how far an update moves the critic."""
     ent_coef: Hyperparameter = 0.01
     """Weight of the entropy bonus."""
     vf_coef: Hyperparameter = 0.5
