@@ -140,7 +140,7 @@ def test_continuous_actions_find_their_target(name, settings):
     assert (jnp.exp(log_std) < 0.5).all()
 
 
-@some("trpo", "dqn")
+@some("dqn")
 def test_vmapped_seeds_equal_separate_runs(name):
     module, config = TINY[name]
     keys = jax.vmap(jax.random.key)(jnp.arange(2))

@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("name", ["rloo", "reinforce", "ppo", "trpo"])
+@pytest.mark.parametrize("name", ["rloo", "reinforce", "ppo", pytest.param("trpo", marks=pytest.mark.slow)])
 def test_each_method_learns_and_leaves_a_model(name, settings, folder):
     config = config_of(name, settings, folder)
     figures = RECIPES[name].run(config)
