@@ -66,6 +66,8 @@ class Case(NamedTuple):
 
 ZOO_PPO = {"num_envs": 8, "num_steps": 32, "num_minibatches": 1, "update_epochs": 20, "ent_coef": 0.0, "vf_coef": 1.0}
 """SB3's value loss has no half before the square, and 0.5 where 1 stands here."""
+ZOO_NORMALIZED = {"total_timesteps": 1_000_000, "num_envs": 16, "ent_coef": 0.0, "vf_coef": 1.0}
+ZOO_NORMALIZED |= {"normalize_observations": True, "normalize_rewards": True}
 CASES: dict[str, Case] = {
     "ppo_cartpole_default": Case(ppo, ppo.Config(), "CleanRL 490.04 ± 6.12 (sampled, 500k steps)"),
     "ppo_cartpole": Case(ppo, ppo.PRESETS["cleanrl"], "CleanRL 490.04 ± 6.12 (sampled, 500k steps)"),
@@ -122,15 +124,10 @@ CASES: dict[str, Case] = {
     "ppo_acrobot": Case(
         ppo,
         ppo.Config(
+            **ZOO_NORMALIZED,
             env="Acrobot-v1",
-            total_timesteps=1_000_000,
-            num_envs=16,
             num_steps=256,
             gae_lambda=0.94,
-            ent_coef=0.0,
-            vf_coef=1.0,
-            normalize_observations=True,
-            normalize_rewards=True,
             learning_rate=3e-4,
             anneal_lr=False,
             num_minibatches=64,
@@ -139,17 +136,7 @@ CASES: dict[str, Case] = {
     ),
     "ppo_mountaincar": Case(
         ppo,
-        ppo.Config(
-            env="MountainCar-v0",
-            total_timesteps=1_000_000,
-            num_envs=16,
-            num_steps=16,
-            gae_lambda=0.98,
-            ent_coef=0.0,
-            vf_coef=1.0,
-            normalize_observations=True,
-            normalize_rewards=True,
-        ),
+        ppo.Config(**ZOO_NORMALIZED, env="MountainCar-v0", num_steps=16, gae_lambda=0.98),
         "rl-zoo -110.4 (greedy, 1M steps)",
     ),
     "ppo_breakout": Case(
@@ -220,14 +207,16 @@ def run_case(case: Case, seeds: int) -> Result:
         "steps_per_second": float(state.timesteps.sum()) / seconds,
     }
     if "CartPole" in config.env:
-        solved = [steps[i, np.argmax(c >= SOLVED)] if (c >= SOLVED).any() else None for i, c in enumerate(curves)]
-        figures["solved_at"] = [None if x is None else float(x) for x in solved]
-        figures["solved"] = sum(x is not None for x in solved)
-        first = [steps[i, np.argmax(m >= SOLVED)] if (m >= SOLVED).any() else None for i, m in enumerate(means)]
-        figures["update_solved_at"] = [None if x is None else float(x) for x in first]
+        figures |= {"solved_at": first_solved(steps, curves), "update_solved_at": first_solved(steps, means)}
     common = np.linspace(0, steps[:, -1].min(), steps.shape[1])  # whole episodes take each seed another number of steps
     curves = np.stack([np.interp(common, x, y, left=np.nan) for x, y in zip(steps, curves, strict=True)])
     return Result(figures, common, curves)
+
+
+def first_solved(steps: np.ndarray, curves: np.ndarray) -> list[float | None]:
+    """Finds the step at which each curve first reaches `SOLVED`; None where it never does."""
+    reached = curves >= SOLVED
+    return [float(x[np.argmax(y)]) if y.any() else None for x, y in zip(steps, reached, strict=True)]
 
 
 HOST_SIDE = {field.name for field in dataclasses.fields(RunOptions)}

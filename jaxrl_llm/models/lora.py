@@ -29,6 +29,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jaxtyping import Array
 
 from jaxrl_llm.types import Key, Params
@@ -150,17 +151,20 @@ def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
         pairs[f"{path}/b"] = jnp.zeros((layers, config.r, outputs), jnp.float32)
         if config.use_dora:
             pairs[f"{path}/m"] = _column_norms(jnp.asarray(kernels[path], jnp.float32))
-    leaves = flat_leaves(params)
     # Copies, for a training step gives the memory of what it trains away.
-    return nested_leaves(pairs | {path: jnp.copy(leaves[path]) for path in trained_whole(params, config, kernels)})
+    whole = {path: jnp.copy(leaf) for path, leaf in _trained_whole(params, config, kernels).items()}
+    return traverse_util.unflatten_dict(pairs | whole, sep="/")
 
 
-def trained_whole(params: Params, config: LoraConfig, layers: Collection[str]) -> list[str]:
-    """Lists the leaves that are trained themselves beside adapters of these layers: a new head, and biases."""
-    asked = {"none": set(), "lora_only": {f"{path}/bias" for path in layers}, "all": None}[config.bias]
-    paths = flat_leaves(params)
-    biases = [path for path in paths if path.endswith("/bias") and (asked is None or path in asked)]
-    return [path for path in paths if path.startswith("score/")] + biases
+def _trained_whole(params: Params, config: LoraConfig, layers: Collection[str]) -> dict[str, Any]:
+    """Finds the leaves that are trained themselves beside adapters of these layers: a new head, and biases."""
+
+    def trains(path: str) -> bool:
+        layer, _, name = path.rpartition("/")
+        biased = config.bias == "all" or (config.bias == "lora_only" and layer in layers)
+        return layer == "score" or (name == "bias" and biased)
+
+    return {path: leaf for path, leaf in flat_leaves(params).items() if trains(path)}
 
 
 def _column_norms(kernel: Array) -> Array:
@@ -168,33 +172,21 @@ def _column_norms(kernel: Array) -> Array:
     return jnp.sqrt(jnp.sum(kernel**2, axis=-2))
 
 
-def _linear_kernels(params: Params) -> dict[str, Any]:
+def linear_kernels(params: Params) -> dict[str, Any]:
     """Finds the stacked kernels, by the paths of their layers."""
     leaves = flat_leaves(params).items()
     return {path.removesuffix("/kernel"): leaf for path, leaf in leaves if re.search(r"\bblocks/.*/kernel$", path)}
 
 
 def flat_leaves(tree: Params) -> dict[str, Any]:
-    """Lists the leaves of a tree by their paths."""
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def nested_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Undoes `flat_leaves`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, name = path.split("/")
-        inner = tree
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-        inner[name] = leaf
-    return tree
+    """Lists the leaves of a tree by their paths, in the order that jax has for them."""
+    leaves = traverse_util.flatten_dict(tree, sep="/").items()
+    return dict(sorted(leaves, key=lambda leaf: leaf[0].split("/")))
 
 
 def _target_kernels(params: Params, target_modules: Sequence[str]) -> dict[str, Any]:
     """Picks the kernels that the targets name, in the order of the tree."""
-    kernels = _linear_kernels(params)
+    kernels = linear_kernels(params)
 
     def named(target: str) -> set[str]:
         pattern = re.compile(".*" if target == ALL_LINEAR else target)
@@ -222,8 +214,8 @@ class LoraModule(nn.Module):
         leaves = flat_leaves(params.lora or {})
         whole = {path: leaf for path, leaf in leaves.items() if path.rsplit("/", 1)[-1] not in PAIR}
         adapters = {path: leaf for path, leaf in leaves.items() if path not in whole}
-        base = nested_leaves(flat_leaves(params.base) | whole)
-        variables = {**variables, "params": base, "lora": nested_leaves(adapters)}
+        base = traverse_util.unflatten_dict(flat_leaves(params.base) | whole, sep="/")
+        variables = {**variables, "params": base, "lora": traverse_util.unflatten_dict(adapters, sep="/")}
         dropout = 0.0 if kwargs.get("deterministic", True) else params.config.lora_dropout
         with _adapted_layers(params.config.scale, dropout):
             return super().apply(variables, *args, **kwargs)

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
 from jaxrl_llm.models.architectures import ARCHITECTURES
 from jaxrl_llm.models.decoder import Decoder
 from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.models.lora import Adapted, LoraConfig, flat_leaves, init_lora, nested_leaves
+from jaxrl_llm.models.lora import Adapted, LoraConfig, flat_leaves, init_lora, linear_kernels
 from jaxrl_llm.models.pretrained import published
 from jaxrl_llm.types import Params
 
@@ -64,7 +65,8 @@ def save_adapters(
     if params.lora is None:
         raise ValueError("params have their adapters off: save what is trained, join_trainable(trainable, frozen).")
     tensors, targets = {}, set[str]()
-    for row, leaf in zip(_rows(module, flat_leaves(params.lora)), flat_leaves(params.lora).values(), strict=True):
+    leaves = flat_leaves(params.lora)
+    for row, leaf in zip(_rows(module, leaves), leaves.values(), strict=True):
         array = np.asarray(leaf)
         array = array.swapaxes(-1, -2) if row.transposed else array
         parts = array if row.stacked else [array]
@@ -112,11 +114,9 @@ def load_adapters(path: str | os.PathLike[str], module: Decoder | ScalarHead, pa
         if found.get(name, implemented[0]) not in implemented:
             raise ValueError(f"{folder / CONFIG} sets {name}={found[name]!r}; only {implemented[0]!r} is implemented.")
     tensors = load_file(folder / WEIGHTS)
-    layers = [
-        leaf.removesuffix("/kernel") for leaf in flat_leaves(params) if leaf.endswith("/kernel") and "blocks/" in leaf
-    ]
-    firsts = _rows(module, {f"{layer}/a": np.empty((1, 0, 0)) for layer in layers})
-    targets = [re.escape(layer) for layer, row in zip(layers, firsts, strict=True) if row.tensors[0] in tensors]
+    kernels = linear_kernels(params)
+    firsts = _rows(module, {f"{layer}/a": kernel for layer, kernel in kernels.items()})
+    targets = [re.escape(layer) for layer, row in zip(kernels, firsts, strict=True) if row.tensors[0] in tensors]
     if not targets:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: unexpected {sorted(tensors)[:5]}.")
     config = LoraConfig(target_modules=targets, **{name: found[name] for name in SHARED if name in found})
@@ -133,7 +133,7 @@ def load_adapters(path: str | os.PathLike[str], module: Decoder | ScalarHead, pa
         leaves[leaf] = jnp.asarray(array)
     if tensors:
         raise ValueError(f"{folder / WEIGHTS} does not fit the model: unexpected {sorted(tensors)[:5]}.")
-    return Adapted(params, nested_leaves(leaves), config)
+    return Adapted(params, traverse_util.unflatten_dict(leaves, sep="/"), config)
 
 
 class _Row(NamedTuple):

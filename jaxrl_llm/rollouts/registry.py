@@ -92,12 +92,8 @@ def _import(place: str) -> Callable[[], Any]:
     module_name, _, name = place.rpartition(":")
     try:
         module = _import_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except (
-        ImportError,
-        FileNotFoundError,
-        TypeError,
-        ValueError,
-    ) as error:  # the last two are for no or a relative name
+    # No name at all is a ValueError, a relative one a TypeError.
+    except (ImportError, FileNotFoundError, TypeError, ValueError) as error:
         raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}, and: {error}.") from error
     if not hasattr(module, name):
         raise ValueError(f"env must be a gymnax environment or module:Name, got {place!r}: {name} is not there.")

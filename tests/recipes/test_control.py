@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.recipes.control import a2c, algorithm, dqn, grpo, ppo, reinforce, trpo
-from jaxrl_llm.recipes.control.options import Agent, Hyperparameter, OptionalHyperparameter
+from jaxrl_llm.recipes.control.options import Agent, hyperparameters_of
 from tests.recipes import probes
 from tests.unchecked import unchecked
 
@@ -168,8 +168,7 @@ def test_a_compiled_update_equals_the_eager_one(name):
 @each
 def test_every_hyperparameter_may_be_traced(name):
     module, config = TINY[name]
-    kinds = Hyperparameter, OptionalHyperparameter
-    names = [field.name for field in dataclasses.fields(config) if field.type in kinds]
+    names = hyperparameters_of(config)
     values = {n: 0.5 for n in names if getattr(config, n) is None and (name, n) != ("grpo", "vf_learning_rate")}
     config = dataclasses.replace(config, **values)
     assert len(jax.tree.leaves(config)) >= 5
@@ -248,9 +247,8 @@ def test_groups_start_in_the_same_state():
 
 def test_exploration_falls_linearly_and_then_stays():
     _, config = TINY["dqn"]
-    config = dataclasses.replace(config, total_timesteps=1000, exploration_fraction=0.5, end_e=0.1)
     state, _ = trained("dqn")
-    config = dataclasses.replace(config, total_timesteps=config.learning_starts + 2 + 1000 * 32)
+    config = dataclasses.replace(config, total_timesteps=32 + 1000 * 32, exploration_fraction=0.5, end_e=0.1)
     assert config.num_updates == 1000
     found = [dqn.exploration(state._replace(update=jnp.array(update)), config) for update in (0, 250, 500, 900)]
     np.testing.assert_allclose(found, [1.0, 0.55, 0.1, 0.1], rtol=1e-5)

@@ -42,15 +42,21 @@ OptionalHyperparameter: TypeAlias = Annotated[Numeric | None, _number_on_the_com
 T = TypeVar("T")
 
 
+def hyperparameters_of(config: Any) -> list[str]:
+    """Lists the fields of a Config, or of its class, that may be traced."""
+    return [
+        field.name for field in dataclasses.fields(config) if field.type in (Hyperparameter, OptionalHyperparameter)
+    ]
+
+
 def traceable(config: type[T]) -> type[T]:
     """Makes a Config a pytree whose leaves are its hyperparameters; a class decorator.
 
     So `jax.jit(train)(key, config)` compiles once for all their values, and `jax.vmap` maps over them. The other fields are
     the tree's structure.
     """
-    kinds, fields = (Hyperparameter, OptionalHyperparameter), dataclasses.fields(cast(Any, config))
-    leaves = [field.name for field in fields if field.type in kinds]
-    structure = [field.name for field in fields if field.type not in kinds]
+    leaves = hyperparameters_of(config)
+    structure = [field.name for field in dataclasses.fields(cast(Any, config)) if field.name not in leaves]
 
     def flatten(value: Any) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
         named = [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in leaves]
@@ -114,8 +120,7 @@ class ControlOptions(RunOptions):
         Raises:
             ValueError: If a setting may not be traced, or a value is no number.
         """
-        kinds = Hyperparameter, OptionalHyperparameter
-        known = [field.name for field in dataclasses.fields(self) if field.type in kinds]
+        known = hyperparameters_of(self)
         axes: dict[str, list[float]] = {}
         for text in self.grid:
             name, _, values = text.partition("=")

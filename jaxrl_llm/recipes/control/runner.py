@@ -87,10 +87,9 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     planned = {"runs": f"{len(lanes.names)}, {lanes.names[0]} to {lanes.names[-1]}"} if len(lanes.names) > 1 else {}
     facts(f"{algorithm.name} on {config.env}", config.plan() | planned | {"folder": config.output_dir})
 
-    last = {}
+    last: dict[str, Array] = {}
 
     def report(state: RunnerState) -> dict[str, Any]:
-        last.clear()
         last.update(evaluations(state, eval_keys))
         return _summary(last)
 
@@ -127,11 +126,9 @@ def place(states: RunnerState, config: RunConfig) -> RunnerState:
     mesh = jax.make_mesh((number,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:number])
     if runs % number == 0:
         return jax.device_put(states, NamedSharding(mesh, PartitionSpec("data")))
-    meant = f"a divisor of the number of runs, {runs}"
-    if states.environments is None:
-        require("num_devices", number, meant, lambda _: False)
-    meant = f"{meant}, or of num_envs={config.num_envs}"
-    require("num_devices", number, meant, lambda number: config.num_envs % number == 0)
+    environments = 0 if states.environments is None else config.num_envs
+    meant = f"a divisor of the number of runs, {runs}" + (f", or of num_envs={environments}" if environments else "")
+    require("num_devices", number, meant, lambda number: environments > 0 and environments % number == 0)
     by_environment = NamedSharding(mesh, PartitionSpec(None, "data"))
     rest = jax.device_put(states._replace(environments=None), NamedSharding(mesh, PartitionSpec()))
     return rest._replace(environments=jax.device_put(states.environments, by_environment))
