@@ -24,6 +24,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import flax.linen as nn
@@ -32,6 +33,8 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array
 
+from jaxrl_llm.models.quantization import Quantized, dequantize
+from jaxrl_llm.models.trees import flat_leaves, linear_kernels
 from jaxrl_llm.types import Key, Params
 
 ALL_LINEAR = "all-linear"
@@ -150,7 +153,7 @@ def init_lora(key: Key, params: Params, config: LoraConfig) -> Params:
         pairs[f"{path}/a"] = jax.random.uniform(init_key, (layers, inputs, config.r), jnp.float32, -bound, bound)
         pairs[f"{path}/b"] = jnp.zeros((layers, config.r, outputs), jnp.float32)
         if config.use_dora:
-            pairs[f"{path}/m"] = _column_norms(jnp.asarray(kernels[path], jnp.float32))
+            pairs[f"{path}/m"] = _column_norms(jnp.asarray(dequantize(kernels[path]), jnp.float32))
     # Copies, for a training step gives the memory of what it trains away.
     whole = {path: jnp.copy(leaf) for path, leaf in _trained_whole(params, config, kernels).items()}
     return traverse_util.unflatten_dict(pairs | whole, sep="/")
@@ -172,18 +175,6 @@ def _column_norms(kernel: Array) -> Array:
     return jnp.sqrt(jnp.sum(kernel**2, axis=-2))
 
 
-def linear_kernels(params: Params) -> dict[str, Any]:
-    """Finds the stacked kernels, by the paths of their layers."""
-    leaves = flat_leaves(params).items()
-    return {path.removesuffix("/kernel"): leaf for path, leaf in leaves if re.search(r"\bblocks/.*/kernel$", path)}
-
-
-def flat_leaves(tree: Params) -> dict[str, Any]:
-    """Lists the leaves of a tree by their paths, in the order that jax has for them."""
-    leaves = traverse_util.flatten_dict(tree, sep="/").items()
-    return dict(sorted(leaves, key=lambda leaf: leaf[0].split("/")))
-
-
 def _target_kernels(params: Params, target_modules: Sequence[str]) -> dict[str, Any]:
     """Picks the kernels that the targets name, in the order of the tree."""
     kernels = linear_kernels(params)
@@ -203,14 +194,16 @@ def _target_kernels(params: Params, target_modules: Sequence[str]) -> dict[str, 
 
 
 class LoraModule(nn.Module):
-    """A module that takes `Adapted` parameters too; the base of every decoder and head."""
+    """A module that takes `Adapted` and quantised parameters too; the base of every decoder and head."""
 
     @nn.nowrap
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the module, as `flax.linen.Module.apply`; `variables["params"]` may be plain or `Adapted`."""
+        """Calls the module, as `flax.linen.Module.apply`; `variables["params"]` may be plain, quantised or `Adapted`."""
         params = variables.get("params")
         if not isinstance(params, Adapted):
-            return super().apply(variables, *args, **kwargs)
+            if not any(isinstance(leaf, Quantized) for leaf in flat_leaves(params or {}).values()):
+                return super().apply(variables, *args, **kwargs)
+            params = Adapted(params, None, LoraConfig())
         leaves = flat_leaves(params.lora or {})
         whole = {path: leaf for path, leaf in leaves.items() if path.rsplit("/", 1)[-1] not in PAIR}
         adapters = {path: leaf for path, leaf in leaves.items() if path not in whole}
@@ -225,14 +218,28 @@ class LoraModule(nn.Module):
 def _adapted_layers(scale: float, dropout: float) -> Iterator[None]:
     """Lets each linear layer add what its adapters say; those of a scan or under remat too, for they are traced here."""
 
+    @partial(jax.checkpoint, prevent_cse=False)  # else the backward pass would read kernels that the forward pass keeps
+    def multiply(inputs: Array, kernel: Quantized | Array) -> Array:
+        return inputs @ dequantize(kernel).astype(inputs.dtype)
+
     def of_outputs(x: Array, outputs: Array) -> Array:
         return jnp.broadcast_to(x.astype(outputs.dtype), outputs.shape)
 
     def add(next_fun: Callable, args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext) -> Any:
-        outputs, module = next_fun(*args, **kwargs), context.module
-        if context.method_name != "__call__" or not module.has_variable("lora", "a"):
-            return outputs
+        module = context.module
+        if context.method_name != "__call__" or not isinstance(module, nn.Dense):
+            return next_fun(*args, **kwargs)
         (inputs,) = args
+        kernel = module.get_variable("params", "kernel")
+        bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else jnp.zeros(())
+        if isinstance(kernel, Quantized):
+            dtype = jnp.promote_types(inputs.dtype, jnp.float32) if module.dtype is None else module.dtype
+            outputs = multiply(inputs.astype(dtype), kernel)
+            outputs += of_outputs(bias, outputs)
+        else:
+            outputs = next_fun(inputs)
+        if not module.has_variable("lora", "a"):
+            return outputs
         inputs = inputs.astype(outputs.dtype)
         if dropout > 0:
             keep = jax.random.bernoulli(module.make_rng("dropout"), 1 - dropout, inputs.shape)
@@ -241,20 +248,18 @@ def _adapted_layers(scale: float, dropout: float) -> Iterator[None]:
         change = scale * ((inputs @ a.astype(outputs.dtype)) @ b.astype(outputs.dtype))
         if not module.has_variable("lora", "m"):
             return outputs + change
-        kernel = module.get_variable("params", "kernel")
         gain = of_outputs(_gain(kernel, a, b, module.get_variable("lora", "m"), scale), outputs)
-        bias = module.get_variable("params", "bias") if module.has_variable("params", "bias") else jnp.zeros(())
         # What is rescaled drops out as the change does; where nothing does, it need not be computed again.
-        plain = inputs @ kernel.astype(outputs.dtype) if dropout > 0 else outputs - of_outputs(bias, outputs)
+        plain = multiply(inputs, kernel) if dropout > 0 else outputs - of_outputs(bias, outputs)
         return outputs + (gain - 1) * plain + gain * change
 
     with nn.intercept_methods(add):
         yield
 
 
-def _gain(kernel: Array, a: Array, b: Array, magnitude: Array, scale: float) -> Array:
+def _gain(kernel: Quantized | Array, a: Array, b: Array, magnitude: Array, scale: float) -> Array:
     """Computes DoRA's factor of each output, m / ‖W + s A B‖, whose norm is a constant in the gradient."""
-    merged = kernel.astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
+    merged = dequantize(kernel).astype(jnp.float32) + scale * jnp.matmul(a, b, precision="highest")
     return magnitude / jax.lax.stop_gradient(_column_norms(merged))
 
 
@@ -265,7 +270,7 @@ def merge_lora(params: Params) -> Params:
         params: `Adapted` parameters; plain ones are returned as they are.
 
     Returns:
-        Plain parameters; leaves without an adapter are shared, not copied.
+        Plain parameters; leaves without an adapter are shared, not copied. Quantised kernels come back in float32.
     """
     if not isinstance(params, Adapted):
         return params
@@ -275,7 +280,7 @@ def merge_lora(params: Params) -> Params:
         if not isinstance(lora, Mapping):
             return lora  # trained whole
         if "a" in lora:
-            a, b, kernel = lora["a"], lora["b"], base["kernel"]
+            a, b, kernel = lora["a"], lora["b"], dequantize(base["kernel"])
             merged = kernel + scale * jnp.matmul(a, b, precision="highest")
             if "m" in lora:
                 merged *= jnp.expand_dims(_gain(kernel, a, b, lora["m"], scale), -2)
@@ -283,7 +288,8 @@ def merge_lora(params: Params) -> Params:
             return {**base, **whole, "kernel": merged.astype(kernel.dtype)}
         return {**base, **{name: merge(base[name], lora[name]) for name in lora}}
 
-    return merge(params.base, params.lora or {})
+    merged = flat_leaves(merge(params.base, params.lora or {}))
+    return traverse_util.unflatten_dict({path: dequantize(leaf) for path, leaf in merged.items()}, sep="/")
 
 
 def split_trainable(params: Params) -> tuple[Params, Adapted | None]:

@@ -23,8 +23,9 @@ from jaxrl_llm.models.architectures import ARCHITECTURES
 from jaxrl_llm.models.decoder import Decoder
 from jaxrl_llm.models.gpt2 import GPT2
 from jaxrl_llm.models.heads import ScalarHead
-from jaxrl_llm.models.lora import Adapted, LoraConfig, flat_leaves, init_lora, linear_kernels
+from jaxrl_llm.models.lora import Adapted, LoraConfig, init_lora
 from jaxrl_llm.models.pretrained import published
+from jaxrl_llm.models.trees import flat_leaves, linear_kernels
 from jaxrl_llm.types import Params
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -5,11 +5,12 @@ Values are checked by `validate`, which `run` calls, not in `__post_init__`: a f
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import optax
 
 from jaxrl_llm.models import LoraConfig
+from jaxrl_llm.models.quantization import QuantType
 from jaxrl_llm.optimizers import make_optimizer, make_schedule
 from jaxrl_llm.optimizers.first_order import OptimizerName, ScheduleName
 
@@ -69,8 +70,14 @@ class LoraOptions:
 
     lora: bool = False
     """Train low-rank adapters (LoRA) beside the model, which stays as it is; the saved model has them merged in."""
+    qlora: bool = False
+    """The same beside a model that is held at 4 bits a weight (QLoRA): less memory, more time."""
+    quant_type: QuantType = "nf4"
+    """How qlora holds the kernels of the blocks: nf4 (4 bits) or int8."""
+    use_double_quant: bool = False
+    """Hold the scales of quantised blocks at 8 bits too: 4.13 bits a weight instead of 4.5."""
     adapter: str = ""
-    """Folder of adapters in PEFT's format, to be trained on with lora; without it they are merged into the model first."""
+    """Folder of adapters in PEFT's format, to train on with lora or qlora; else they are merged into the model first."""
     lora_r: int = 8
     """Rank of the adapters."""
     lora_alpha: float = 16.0
@@ -93,17 +100,31 @@ class LoraOptions:
         require("lora_dropout", self.lora_dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
         names = ("none", "lora_only", "all")
         require("lora_bias", self.lora_bias, f"one of {names}", lambda name: name in names)
+        of_qlora = ("quant_type", "use_double_quant")
         for field in dataclasses.fields(LoraOptions):
-            unchanged = field.name in ("lora", "adapter") or getattr(self, field.name) == field.default
-            meant = f"{field.default!r} unless lora is true: nothing else reads it"
-            require(field.name, getattr(self, field.name), meant, lambda _, same=unchanged: self.lora or same)
+            name, value = field.name, getattr(self, field.name)
+            if name in ("lora", "qlora", "adapter") or value == field.default:
+                continue
+            switch = "qlora" if name in of_qlora else "lora"
+            read = self.qlora if name in of_qlora else self.adapts
+            require(
+                name,
+                value,
+                f"{field.default!r} unless {switch} is true: nothing else reads it",
+                lambda _, read=read: read,
+            )
             meant = f"{field.default!r} with adapter, whose folder says what its adapters are"
-            require(field.name, getattr(self, field.name), meant, lambda _, same=unchanged: not self.adapter or same)
+            require(name, value, meant, lambda _, name=name: not self.adapter or name in of_qlora)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether adapters are trained, and not the model."""
+        return self.lora or self.qlora
 
     @property
     def lora_config(self) -> LoraConfig | None:
         """What is adapted; None where all parameters are trained."""
-        if not self.lora:
+        if not self.adapts:
             return None
         return LoraConfig(
             r=self.lora_r,
@@ -141,7 +162,7 @@ class ModelOptions(LoraOptions):
     dropout: float = 0.0
     """Dropout on embeddings, attention and residuals in training."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type to compute in; parameters stay float32. (float16 would need loss scaling.)"""
+    """Type to compute in; what is trained stays float32, what adapters leave alone is held so. (float16 needs loss scaling.)"""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     chunk_size: int = 128
@@ -160,19 +181,34 @@ class ModelOptions(LoraOptions):
     @property
     def drops_out(self) -> bool:
         """Whether training draws random numbers for dropout."""
-        return self.dropout > 0 or (self.lora and self.lora_dropout > 0)
+        return self.dropout > 0 or (self.adapts and self.lora_dropout > 0)
 
     def without_dropout(self: Options) -> Options:
         """Sets every dropout to 0, for evaluations."""
         return dataclasses.replace(self, dropout=0.0, lora_dropout=0.0)
 
 
+class LearningRates(NamedTuple):
+    """Peak learning rates by what is trained; adapters want about ten times the rate of the whole model.
+
+    Attributes:
+        new: A new model.
+        full: All of a saved model.
+        adapters: Adapters beside either.
+    """
+
+    new: float
+    full: float
+    adapters: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerOptions:
     """How parameters move."""
 
-    learning_rate: float
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: what suits what is trained."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-3, full=2e-5, adapters=2e-4)
     optim: OptimizerName = "adamw"
     """Optimizer."""
     lr_scheduler_type: ScheduleName = "cosine"
@@ -198,11 +234,21 @@ class OptimizerOptions:
         """Checks the values."""
         require_at_least(0, warmup_steps=self.warmup_steps)
         require_at_least(1, gradient_accumulation_steps=self.gradient_accumulation_steps)
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            require(name, getattr(self, name), "positive", lambda value: value > 0)
+        for name in ("peak_learning_rate", "max_grad_norm", "adam_epsilon"):
+            require(name.removeprefix("peak_"), getattr(self, name), "positive", lambda value: value > 0)
         require("weight_decay", self.weight_decay, "at least 0", lambda value: value >= 0)
         for name in ("adam_beta1", "adam_beta2"):
             require(name, getattr(self, name), "in [0, 1)", lambda value: 0 <= value < 1)
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate, or the default for what is trained."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        rates = self.default_learning_rates
+        if isinstance(self, ModelOptions) and self.adapts:
+            return rates.adapters
+        return rates.full if isinstance(self, ModelOptions) and self.model else rates.new
 
     def schedule(self, total_steps: int) -> optax.Schedule:
         """Makes the learning rate as a function of the step."""
@@ -214,7 +260,7 @@ class OptimizerOptions:
                 lambda steps: steps < total_steps,
             )
         return make_schedule(
-            self.learning_rate,
+            self.peak_learning_rate,
             lr_scheduler_type=self.lr_scheduler_type,
             warmup_steps=self.warmup_steps,
             total_steps=total_steps,

@@ -298,7 +298,7 @@ def test_splitting_shares_the_base_and_plain_parameters_are_trained_whole():
     assert join_trainable(params, None) is params
     assert merge_lora(params) is params
     merged = merge_lora(adapted)
-    assert merged["blocks"]["mlp_in"] is params["blocks"]["mlp_in"]
+    assert merged["blocks"]["mlp_in"]["kernel"] is params["blocks"]["mlp_in"]["kernel"]
     assert isinstance(adapted, Adapted)
 
 

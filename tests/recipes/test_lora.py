@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_llm.models import (
+    Quantized,
     ScalarHead,
     from_pretrained,
     from_pretrained_reward_model,
@@ -17,7 +18,7 @@ from jaxrl_llm.models import (
     split_trainable,
 )
 from jaxrl_llm.recipes.options import ModelOptions
-from jaxrl_llm.recipes.text import distill, dpo, kto, offline, reward_model, sft
+from jaxrl_llm.recipes.text import distill, dpo, grpo, kto, offline, ppo, reward_model, sft, trpo
 from jaxrl_llm.recipes.text.language_model import load_model
 from jaxrl_llm.recipes.text.offline import OfflineState, run_keys
 from jaxrl_llm.training import checkpoints, init_train_state
@@ -172,6 +173,68 @@ def test_saved_adapters_are_gone_on_with_or_merged(finished, tmp_path):
         dataclasses.replace(again, model="").validate_model()
 
 
+def test_qlora_trains_adapters_beside_a_base_of_4_bits(finished, tmp_path):
+    config = renamed(finished[0], "qlora", lora=False, qlora=True, use_double_quant=True, dtype="bfloat16")
+    before = start(config)
+    kernel = before.params.base["blocks"]["mlp_in"]["kernel"]
+    assert isinstance(kernel, Quantized)
+    assert kernel.codes.dtype == "uint8"
+    assert before.params.base["token_embedding"]["embedding"].dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(before.params.lora)} == {"float32"}
+    assert before.num_params == start(finished[0]).num_params
+    figures = dpo.run(config)
+    assert figures["eval_loss"] < 0.65
+    trained = load_adapters(f"{config.output_dir}/adapter", before.module, before.params.base)
+    after = from_pretrained(figures["model"])[1]
+    expected = jax.tree.map(lambda x: np.asarray(x, np.float32), merge_lora(trained))
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
+    again = dataclasses.replace(config, model=figures["model"], adapter=f"{config.output_dir}/adapter", lora_r=8)
+    dataclasses.replace(again, lora_dropout=0.0).validate_model()
+    assert isinstance(start(again).params.base["blocks"]["qkv"]["kernel"], Quantized)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [grpo, ppo, trpo])
+def test_qlora_learns_from_rewards(recipe, tmp_path):
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(3) for b in range(3)]
+    (tmp_path / "rewards.py").write_text(
+        "def length(prompts, completions, **_):\n    return list(map(len, completions))\n"
+    )
+    config = recipe.Config(
+        **TINY,
+        qlora=True,
+        dataset=write_rows(tmp_path / "rows.jsonl", rows),
+        output_dir=str(tmp_path / "run"),
+        reward_funcs=(f"{tmp_path}/rewards.py:length",),
+        num_prompts=4,
+        num_generations=4,
+        max_completion_length=3,
+        max_steps=2,
+        **({"value_network": "shared"} if recipe is ppo else {}),
+    )
+    before, figures = start(config).params, recipe.run(config)
+    adapted = load_adapters(tmp_path / "run/adapter", start(config).module, before.base)
+    changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), before.lora, adapted.lora)
+    assert any(jax.tree.leaves(changed))
+    assert "model" in figures
+
+
+def test_adapters_learn_at_ten_times_the_rate_of_the_whole_model():
+    def rate(recipe, **options):
+        given = {"dataset": "rows.jsonl"} if recipe in (dpo, kto) else {}
+        return recipe.Config(**given, **options).peak_learning_rate
+
+    assert [rate(sft), rate(sft, model="m"), rate(sft, model="m", lora=True)] == [1e-3, 2e-5, 2e-4]
+    assert [rate(dpo, model="m"), rate(dpo, model="m", qlora=True)] == [1e-6, 1e-5]
+    assert [rate(grpo, model="m"), rate(grpo, lora=True), rate(grpo, lora=True, learning_rate=3e-4)] == [
+        1e-6,
+        1e-5,
+        3e-4,
+    ]
+    schedule = sft.Config(model="m", lora=True, lr_scheduler_type="constant", warmup_steps=0).schedule(10)
+    assert float(schedule(3)) == pytest.approx(2e-4)
+
+
 def test_a_reward_model_trains_its_head_and_adapters(finished, tmp_path):
     config = reward_model.Config(
         **TINY, **SETTINGS | {"learning_rate": 0.5}, output_dir=str(tmp_path / "run"), dataset=finished[0].dataset
@@ -219,6 +282,8 @@ def test_a_reference_that_should_follow_adapters_is_refused(finished):
         ({"lora": True, "lora_alpha": 0.0}, "lora_alpha must be positive, got 0.0"),
         ({"lora": True, "lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), got 1.0"),
         ({"lora_r": 16}, "lora_r must be 8 unless lora is true: nothing else reads it, got 16"),
+        ({"lora": True, "use_double_quant": True}, "use_double_quant must be False unless qlora is true"),
+        ({"quant_type": "int8"}, "quant_type must be 'nf4' unless qlora is true: nothing else reads it, got 'int8'"),
         ({"target_modules": ("qkv",)}, r"target_modules must be \(\) unless lora is true: .*, got \('qkv',\)"),
     ],
 )

@@ -8,14 +8,14 @@ their tokens, or averaged for ipo and simpo; the negative log-likelihood of the 
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Array, Float
 
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import cpo_loss, cross_entropy_loss, sequence_log_probs
 from jaxrl_llm.losses.reference_free import CPOLossType
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
@@ -49,8 +49,9 @@ class Config(OfflineOptions):
     """AlphaPO's reshaping of the reward; 0: the log-probability."""
     cpo_alpha: float = 1.0
     """Weight of the likelihood of the chosen response; SimPO has 0."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-6, of adapters 1e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-6, full=1e-6, adapters=1e-5)
     per_device_train_batch_size: int = 8
     """Pairs of a step."""
 

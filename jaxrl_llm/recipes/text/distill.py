@@ -9,7 +9,7 @@ of the student's own). A new student takes the tokenizer of the teacher; another
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from jaxrl_llm.data import supervised_example, tokenize_sft_rows
 from jaxrl_llm.divergences import chunked_generalized_jsd
 from jaxrl_llm.log_probs import chunked_token_statistics
 from jaxrl_llm.losses import cross_entropy_loss, token_mean_divergence
-from jaxrl_llm.recipes.options import ModelOptions, require
+from jaxrl_llm.recipes.options import LearningRates, ModelOptions, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
@@ -45,8 +45,9 @@ class Config(OfflineOptions):
     """Learn on the completions only; if false, on prompts too."""
     assistant_only_loss: bool = True
     """Of conversations, learn on what the assistant says; if false, on all turns."""
-    learning_rate: float = 1e-3
-    """Peak learning rate. 1e-3 suits a small new model."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 2e-5 for a saved model, 2e-4 for adapters, 1e-3 for a new model."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-3, full=2e-5, adapters=2e-4)
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
 

@@ -8,7 +8,7 @@ the reference is the model as it was at the start. (Not the Discovered Policy Op
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import dpo_loss, sequence_log_probs, wpo_weights
 from jaxrl_llm.losses.preference import POINTWISE, SMOOTHED, SORTED, DPOLossType, FDivergence
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, ReferenceOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
@@ -58,8 +58,9 @@ class Config(OfflineOptions, ReferenceOptions):
     """Weigh each pair by how likely the model is to write it (WPO)."""
     reference_free: bool = False
     """Compare with no reference."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-6, of adapters 1e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-6, full=1e-6, adapters=1e-5)
     per_device_train_batch_size: int = 8
     """Pairs of a step."""
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from jaxrl_llm.data import (
 from jaxrl_llm.log_probs import TokenStatistics
 from jaxrl_llm.losses import kto_kl, kto_loss, sequence_log_probs, unpaired_weights
 from jaxrl_llm.losses.unpaired import KTOLossType, UnpairedWeights
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model
 from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
@@ -55,8 +55,9 @@ class Config(OfflineOptions, ReferenceOptions):
     """Weight of the desirable responses."""
     undesirable_weight: float = 1.0
     """Weight of the undesirable ones; choose the two so that both classes weigh about the same."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-6, of adapters 1e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-6, full=1e-6, adapters=1e-5)
     per_device_train_batch_size: int = 16
     """Responses of a step."""
 

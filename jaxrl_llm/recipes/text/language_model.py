@@ -30,17 +30,19 @@ from jaxrl_llm.models import (
     GPT2Config,
     Llama,
     LlamaConfig,
+    Quantized,
     ScalarHead,
     adapt,
     from_pretrained,
     head_kernel,
     load_adapters,
     merge_lora,
+    quantize_params,
     save_adapters,
     save_pretrained,
     split_trainable,
 )
-from jaxrl_llm.recipes.options import ModelOptions
+from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions
 from jaxrl_llm.rewards import named_task_rows
 from jaxrl_llm.rollouts import generate
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
@@ -111,7 +113,7 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
     Raises:
         ValueError: If a saved model comes without a tokenizer.
     """
-    key, lora_key = jax.random.split(key) if options.lora else (key, key)
+    key, lora_key = jax.random.split(key) if options.adapts else (key, key)
     if options.model:
         module, params, tokenizer = from_pretrained(options.model)
         if tokenizer is None:
@@ -128,19 +130,36 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
 
 
 def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:
-    """Puts adapters beside the parameters if the options say so: saved ones, or fresh ones; without `lora` merges the saved.
+    """Puts adapters beside the parameters if the options say so: saved ones, or fresh ones.
+
+    The base is then quantised if the options say so, and else held in the type that is computed in. Where the options say
+    to train all, saved adapters are merged.
 
     Raises:
         FileNotFoundError: If there are no such saved adapters.
         ValueError: If `target_modules` names no layer, or the saved adapters do not fit.
     """
-    if options.adapter:
-        adapted = load_adapters(options.adapter, model.module, jax.tree.map(jnp.asarray, model.params))
-        return model._replace(params=adapted if options.lora else merge_lora(adapted))
-    if options.lora_config is None:
-        return model
+    if not options.adapts:
+        if not options.adapter:
+            return model
+        return model._replace(params=merge_lora(load_adapters(options.adapter, model.module, model.params)))
     base = jax.tree.map(jnp.asarray, model.params)  # every step reads it: it is put in its place once
+    base = _cast_kernels(base, jnp.dtype(options.dtype))
+    if options.qlora:
+        base = quantize_params(base, options.quant_type, use_double_quant=options.use_double_quant)
+    if options.adapter:
+        return model._replace(params=load_adapters(options.adapter, model.module, base))
+    assert options.lora_config is not None
     return model._replace(params=adapt(key, base, options.lora_config))
+
+
+def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
+    """Casts all matrices and embeddings; a model computes with them in that type in any case."""
+
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
@@ -151,12 +170,18 @@ def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
 
 
 def sizes(config: ModelOptions, model: LanguageModel) -> dict[str, Any]:
-    """Counts the parameters, and those that are trained where they are not all."""
-    return {"parameters": model.num_params} | ({"trainable": model.trainable_share} if config.lora else {})
+    """Counts the parameters, and those that are trained where they are not all; says how fast they learn."""
+    known: dict[str, Any] = {"parameters": model.num_params}
+    if config.adapts:
+        known["trainable"] = model.trainable_share
+    if isinstance(config, OptimizerOptions):
+        known["learning rate"] = config.peak_learning_rate
+    return known
 
 
 def _count(params: Params) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    return sum(leaf.size for leaf in leaves)
 
 
 def _new_module(options: ModelOptions, tokenizer: Tokenizer) -> Decoder:

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from jaxrl_llm.data import batch_indices, prompt_example, split_indices
 from jaxrl_llm.models import join_trainable, split_trainable
 from jaxrl_llm.optimizers.first_order import ScheduleName
 from jaxrl_llm.recipes.loop import training_loop
-from jaxrl_llm.recipes.options import OptimizerOptions
+from jaxrl_llm.recipes.options import LearningRates, OptimizerOptions
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.text.experience import Policy, Rollout
 from jaxrl_llm.recipes.text.iteration import (
@@ -92,8 +92,9 @@ class RunState(NamedTuple):
 class FirstOrderOptions(OnlineOptions, OptimizerOptions):
     """Settings of an online run whose updates follow the gradient."""
 
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need far more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-6, of adapters 1e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-6, full=1e-6, adapters=1e-5)
     lr_scheduler_type: ScheduleName = "constant"
     """Learning rate after the warm-up."""
     warmup_steps: int = 0

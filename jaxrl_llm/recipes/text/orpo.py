@@ -7,12 +7,12 @@ beta times the log-sigmoid of the log-odds ratio of both responses, whose log-pr
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
 from jaxrl_llm.losses import cross_entropy_loss, orpo_loss
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.text.language_model import LanguageModel
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, targets
 from jaxrl_llm.recipes.text.pairs import (
@@ -36,8 +36,9 @@ class Config(OfflineOptions):
     """A .json, .jsonl or .parquet file, or the name of a dataset, with `prompt`, `chosen` and `rejected`."""
     beta: float = 0.1
     """Weight of the odds ratio (λ in the paper)."""
-    learning_rate: float = 1e-6
-    """Peak learning rate. 1e-6 suits large pretrained models; small new ones need more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-6, of adapters 1e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-6, full=1e-6, adapters=1e-5)
     per_device_train_batch_size: int = 8
     """Pairs of a step."""
 

@@ -7,7 +7,7 @@ function, a head on the policy or a network of its own, says what is still to co
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxrl_llm.divergences import KLEstimator
 from jaxrl_llm.losses import ppo_loss, update_kl_coef
 from jaxrl_llm.losses.coefficients import KLCoefState, init_kl_coef
 from jaxrl_llm.optimizers.first_order import ScheduleName
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.text.critic import ActorCriticParams, ValueNetwork, make_critic
 from jaxrl_llm.recipes.text.experience import (
     Experience,
@@ -76,8 +76,9 @@ class Config(FirstOrderOptions):
     """Weight of the value loss."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
-    learning_rate: float = 3e-6
-    """Peak learning rate. TRL's 3e-6 suits large pretrained models; small new ones need far more."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: TRL's 3e-6, of adapters 3e-5. Small new models need far more."""
+    default_learning_rates: ClassVar = LearningRates(new=3e-6, full=3e-6, adapters=3e-5)
     lr_scheduler_type: ScheduleName = "linear"
     """Learning rate after the warm-up."""
 
@@ -103,7 +104,7 @@ def validate(config: Config) -> None:
     own = config.value_model == "" or config.value_network == "separate"
     require("value_model", config.value_model, "empty where value_network is shared", lambda _: own)
     meant = "shared with LoRA: a network of its own would be a second copy of the model"
-    require("value_network", config.value_network, meant, lambda name: name == "shared" or not config.lora)
+    require("value_network", config.value_network, meant, lambda name: name == "shared" or not config.adapts)
 
 
 def make_method(model: LanguageModel, config: Config) -> Method:

@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -36,7 +36,7 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.data.streams import first_characters, open_texts
 from jaxrl_llm.data.tokenizers import Tokenizer, encode_text
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text import sft
 from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, sizes
@@ -64,8 +64,9 @@ class Config(OfflineOptions):
     """Tokenize into a file and read windows from it, for text larger than memory; eval_dataset says what to hold out."""
     z_loss: float = 0.0
     """Coefficient of the squared log-normaliser, against drifting logits; 1e-4 is common."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-3 for a new model and for adapters, 1e-4 for a saved model."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-3, full=1e-4, adapters=1e-3)
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     per_device_train_batch_size: int = 16

@@ -12,7 +12,7 @@ transformers' `…ForSequenceClassification`; a saved reward model is trained fu
 import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ from jaxrl_llm.data import (
 )
 from jaxrl_llm.losses import reward_model_loss, reward_regression_loss
 from jaxrl_llm.models import ScalarHead, from_pretrained_reward_model, is_reward_model, scalar_head_params
-from jaxrl_llm.recipes.options import ModelOptions, require
+from jaxrl_llm.recipes.options import LearningRates, ModelOptions, require
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.statistics import pearson_correlation, wilson_interval
 from jaxrl_llm.recipes.text import pairs
@@ -58,8 +58,9 @@ class Config(OfflineOptions):
     """A .json, .jsonl or .parquet file, or the name of a dataset, of pairs or of ratings."""
     center_rewards_coefficient: float = 0.0
     """Pull of the rewards of pairs to mean zero; 0.01 is common."""
-    learning_rate: float = 1e-4
-    """Peak learning rate. 1e-4 suits small models; take about 1e-5 for large pretrained ones."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 1e-5 for a saved model, 1e-4 for adapters and for a new model."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-4, full=1e-5, adapters=1e-4)
     num_samples: int = 3
     """Held-out rows that are shown with their rewards at the end; 0: none."""
     sample_tokens: int = 40
@@ -129,10 +130,9 @@ def load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
     Raises:
         ValueError: If a saved model comes without a tokenizer.
     """
-    key, lora_key = jax.random.split(key) if options.lora else (key, key)
-    return with_adapters(
-        _load_reward_model(dataclasses.replace(options, lora=False, adapter=""), key), options, lora_key
-    )
+    key, lora_key = jax.random.split(key) if options.adapts else (key, key)
+    plain = dataclasses.replace(options, lora=False, qlora=False, adapter="")
+    return with_adapters(_load_reward_model(plain, key), options, lora_key)
 
 
 def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:

@@ -12,7 +12,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ from jaxrl_llm.data import (
 from jaxrl_llm.data.packing import PackingStrategy
 from jaxrl_llm.losses import cross_entropy_loss
 from jaxrl_llm.losses.cross_entropy import SFTLossType
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import LearningRates, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import LanguageModel, complete, load_model
 from jaxrl_llm.recipes.text.offline import report, require_rows_fit, run_keys, train_offline
@@ -81,8 +81,9 @@ class Config(OfflineOptions):
     """How: bfd (best fit decreasing), bfd_split (rows beyond max_length go on in another), wrapped (cut anywhere)."""
     neftune_noise_alpha: float = 0.0
     """Scale of uniform noise on the embeddings in training (NEFTune); 5 is common, 0 is off."""
-    learning_rate: float = 1e-3
-    """Peak learning rate. 1e-3 suits a small new model; take about 2e-5 to fine-tune a pretrained one."""
+    learning_rate: float | None = None
+    """Peak learning rate; None: 2e-5 for a saved model, 2e-4 for adapters, 1e-3 for a new model."""
+    default_learning_rates: ClassVar = LearningRates(new=1e-3, full=2e-5, adapters=2e-4)
     warmup_steps: int = 50
     """Steps over which the learning rate rises from 0."""
     num_train_epochs: float = 3.0
