@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxrl_llm.data import LazySequence, batch_indices, bucket_length
 from jaxrl_llm.models import (
@@ -25,7 +26,7 @@ from jaxrl_llm.models import (
     split_trainable,
 )
 from jaxrl_llm.recipes.loop import EarlyStopping, training_loop
-from jaxrl_llm.recipes.options import require
+from jaxrl_llm.recipes.options import OptimizerOptions, require
 from jaxrl_llm.recipes.progress import facts
 from jaxrl_llm.recipes.text.language_model import (
     ADAPTER,
@@ -38,7 +39,7 @@ from jaxrl_llm.recipes.text.language_model import (
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, ReferenceOptions, Task
 from jaxrl_llm.reductions import combine_metrics
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
-from jaxrl_llm.training.step import LossFunction
+from jaxrl_llm.training.step import LossFunction, WeightsFunction
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
 
@@ -105,17 +106,7 @@ def train_offline(
     total_steps = config.max_steps or max(round(config.num_train_epochs * num_rows / size), 1)
     optimizer, schedule = config.optimizer(total_steps), config.schedule(total_steps)
 
-    def one_step(state: TrainState, batch: Any, key: Key, fixed: Fixed) -> tuple[TrainState, Metrics]:
-        step = make_train_step(
-            _with_fixed(task.loss_fn, fixed),
-            optimizer,
-            weights_fn=task.weights_fn,
-            num_microbatches=config.gradient_accumulation_steps,
-            skip_nonfinite=config.skip_nonfinite,
-        )
-        return step(state, batch, key)
-
-    step = jax.jit(one_step, donate_argnums=0)
+    step = jax.jit(make_step(config, task.loss_fn, task.weights_fn, optimizer), donate_argnums=0)
     sync = jax.jit(sync_reference, donate_argnums=0)
     prepare = None if task.prepare is None else jax.jit(task.prepare)
     score = None if task.reference_fn is None else jax.jit(task.reference_fn)
@@ -180,6 +171,27 @@ def train_offline(
         save_model(folder, model, params)
     figures: dict[str, Any] = {k: float(v) for k, v in evaluate(params, state.ref_params).items()}
     return params, figures | ({"model": str(folder)} if complete_run else {})
+
+
+def make_step(
+    config: OptimizerOptions,
+    loss_fn: Callable[..., tuple[Scalar, Metrics]],
+    weights_fn: WeightsFunction | None,
+    optimizer: optax.GradientTransformation,
+) -> Callable[[TrainState, Any, Key, Fixed], tuple[TrainState, Metrics]]:
+    """Makes `step(state, batch, key, fixed) -> (state, metrics)` of a loss of all parameters."""
+
+    def step(state: TrainState, batch: Any, key: Key, fixed: Fixed) -> tuple[TrainState, Metrics]:
+        make = make_train_step(
+            _with_fixed(loss_fn, fixed),
+            optimizer,
+            weights_fn=weights_fn,
+            num_microbatches=config.gradient_accumulation_steps,
+            skip_nonfinite=config.skip_nonfinite,
+        )
+        return make(state, batch, key)
+
+    return step
 
 
 def require_rows_fit(config: OfflineOptions, model: LanguageModel, task: Task) -> int:

@@ -53,6 +53,7 @@ from jaxrl_llm.recipes.text.prompts import (
     make_prompt_table,
     reward_contexts,
 )
+from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.training.logging import read_metrics, require_free
 from jaxrl_llm.types import Key, Params
 
@@ -273,15 +274,8 @@ def compile_iteration(
 
         return iterate_whole
 
-    @jax.jit
-    def sample(params, key, prompts, frozen):
-        return make_sampler(bind(model, frozen, config), config, **ids)(method.policy_params(params), key, prompts)
-
-    @partial(jax.jit, donate_argnums=0)
-    def update(state, ref_params, rollout, key, frozen):
-        policy = bind(model, frozen, config)
-        make = make_update(policy, optimizer, method, config, eos_ids=model.eos_ids)
-        return make(state, ref_params, rollout, key)
+    programs = make_programs(model, method, optimizer, config)
+    sample, update = jax.jit(programs.sample), jax.jit(programs.update, donate_argnums=0)
 
     def iterate(state, indices, key, ref_params, frozen):
         sample_key, update_key = iteration_keys(key, state)
@@ -293,6 +287,34 @@ def compile_iteration(
         return state, metrics | reward_metrics, rollout
 
     return iterate
+
+
+class Programs(NamedTuple):
+    """The two programs of an iteration whose rewards are computed between them.
+
+    Attributes:
+        sample: `sample(params, key, prompts, frozen) -> Completions`.
+        update: `update(state, ref_params, rollout, key, frozen) -> (state, metrics)`.
+    """
+
+    sample: Callable[..., Completions]
+    update: Callable[..., tuple[OnlineState, dict[str, Any]]]
+
+
+def make_programs(
+    model: LanguageModel, method: Method, optimizer: optax.GradientTransformation, config: OnlineOptions
+) -> Programs:
+    """Makes both programs of an iteration, uncompiled."""
+
+    def sample(params, key, prompts, frozen):
+        make = make_sampler(bind(model, frozen, config), config, eos_ids=model.eos_ids, pad_id=model.pad_id)
+        return make(method.policy_params(params), key, prompts)
+
+    def update(state, ref_params, rollout, key, frozen):
+        make = make_update(bind(model, frozen, config), optimizer, method, config, eos_ids=model.eos_ids)
+        return make(state, ref_params, rollout, key)
+
+    return Programs(sample, update)
 
 
 def make_evaluation(
