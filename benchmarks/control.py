@@ -221,7 +221,7 @@ def first_solved(steps: np.ndarray, curves: np.ndarray) -> list[float | None]:
 
 
 HOST_SIDE = {field.name for field in dataclasses.fields(RunOptions)}
-HOST_SIDE |= {"grid", "num_seeds", "num_devices", "updates_per_step", "eval_episodes"}
+HOST_SIDE |= {"grid", "num_seeds", "mesh", "updates_per_step", "eval_episodes"}
 """Settings that `train` does not read."""
 
 

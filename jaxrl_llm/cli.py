@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after the program's name; those of the process if not given.
     """
     xla_cpu.set_flag()
+    _join_processes()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
@@ -70,6 +71,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name is None:
         sys.exit(_unknown(words))
     _run(name, words[len(name.split()) :])
+
+
+def _join_processes() -> None:
+    """Joins the other processes of a run on many hosts, if `JAX_NUM_PROCESSES` says that there are any.
+
+    `JAX_COORDINATOR_ADDRESS` (host:port of the first) and `JAX_PROCESS_ID` come with it, unless the cluster is one that
+    jax knows (Slurm, TPU pods, Open MPI): then `JAX_NUM_PROCESSES=auto` is enough.
+    """
+    count = os.environ.get("JAX_NUM_PROCESSES", "")
+    if count in ("", "1"):
+        return
+    import jax
+
+    if count == "auto":
+        jax.distributed.initialize()
+        return
+    process = os.environ.get("JAX_PROCESS_ID", "")
+    if not (count.isdigit() and process.isdigit() and os.environ.get("JAX_COORDINATOR_ADDRESS")):
+        sys.exit(
+            f"jaxrl-llm: JAX_NUM_PROCESSES={count} needs a whole number (or auto), JAX_COORDINATOR_ADDRESS=host:port of "
+            "the first process and JAX_PROCESS_ID, which counts from 0."
+        )
+    jax.distributed.initialize(num_processes=int(count), process_id=int(process))
 
 
 def _run(name: str, options: list[str]) -> None:

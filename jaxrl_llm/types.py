@@ -33,6 +33,11 @@ maximum if it says `min` or `max`, else it is a share, and shares add up (see `r
 Key: TypeAlias = PRNGKeyArray | jax.Array
 """A typed key, `jax.random.key(seed)`; it is consumed by the function that takes it."""
 
+MESH_AXES = ("data", "fsdp", "tensor")
+"""Axes of a mesh of devices, see `training.parallel`."""
+ROW_AXES = ("data", "fsdp")
+"""Those that divide the rows of a batch."""
+
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens that a model has seen, so that decoding need not compute them again.

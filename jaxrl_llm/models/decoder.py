@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import LayerInputs, Rotation
 from jaxrl_llm.models.lora import Adapted, LoraModule
-from jaxrl_llm.types import Key, KVCache, Numeric, Params
+from jaxrl_llm.types import ROW_AXES, Key, KVCache, Numeric, Params
 
 
 @runtime_checkable  # so that the tests can check annotations
@@ -171,10 +171,11 @@ class Decoder(LoraModule):
         if not deterministic and not (isinstance(neftune_noise_alpha, int | float) and neftune_noise_alpha == 0):
             hidden += embedding_noise(self.make_rng("dropout"), real, config.width, neftune_noise_alpha)
         hidden, rotation = self.place(hidden, positions, deterministic)
+        hidden = spread_rows(hidden)
         carry, layers = (hidden, layer_cache), jnp.arange(config.num_layers, dtype=jnp.int32)
         inputs = LayerInputs(visible, start, rotation)
         (hidden, layer_cache), _ = _stack(self.block, config, deterministic)(carry, layers, inputs)
-        hidden = self.norm("final_norm")(hidden)
+        hidden = self.norm("final_norm")(spread_rows(hidden))
         if cache is not None and layer_cache is not None:
             cache = cache._replace(keys=layer_cache[0], values=layer_cache[1])
         if output == "hidden":
@@ -205,6 +206,19 @@ def head_kernel(params: Params) -> Float[Array, "hidden vocab"]:
     if "lm_head" in params:
         return params["lm_head"]["kernel"]
     return params["token_embedding"]["embedding"].T
+
+
+def spread_rows(hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:
+    """Keeps rows spread over the devices of the mesh in force (`jax.set_mesh`), if it has the axes `ROW_AXES`.
+
+    What lies where is XLA's choice else, and parameters that are divided would let it divide the features of all rows.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(ROW_AXES) <= set(mesh.auto_axes):
+        return hidden
+    rows = hidden.shape[0] % (mesh.shape[ROW_AXES[0]] * mesh.shape[ROW_AXES[1]]) == 0
+    spec = jax.sharding.PartitionSpec(ROW_AXES if rows else None)
+    return jax.lax.with_sharding_constraint(hidden, spec)
 
 
 def embedding(config: Any, num_embeddings: int, name: str) -> nn.Embed:

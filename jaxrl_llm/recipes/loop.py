@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from rich.console import Console
+import jax
 from rich.text import Text
 
 from jaxrl_llm.recipes.options import RunOptions
-from jaxrl_llm.recipes.progress import Progress
+from jaxrl_llm.recipes.progress import Progress, first_console
 from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.logging import RunLogger, interruptible, read_metrics
+from jaxrl_llm.training.logging import RunLogger, SilentLogger, interruptible, read_metrics
+from jaxrl_llm.training.parallel import wait_for_processes
 from jaxrl_llm.types import Metrics
 
 State = TypeVar("State")
@@ -73,12 +74,12 @@ def training_loop(
         state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
     done = saved = start or 0
     with (
-        RunLogger(folder, config=settings, resume_step=start, overwrite=config.overwrite or config.resume) as logger,
+        _logger(config, settings, start) as logger,
         interruptible() as interrupt,
-        Progress(max(total_steps, 1), label, start=done, show=show) as progress,
+        Progress(max(total_steps, 1), label, start=done, show=show, console=first_console()) as progress,
     ):
         for difference in logger.config_differences:
-            Console().print(Text(f"Resumed with another option: {difference}", "yellow"), soft_wrap=True)
+            first_console().print(Text(f"Resumed with another option: {difference}", "yellow"), soft_wrap=True)
 
         def evaluation() -> dict[str, Any]:
             if sample is not None:
@@ -105,11 +106,20 @@ def training_loop(
                 saved = done
         if saved < done:  # stopped early or by Ctrl-C, which may come at any point of the loop
             _save(folder, done, state, settings, config.save_total_limit)
+    wait_for_processes("end of training")  # so that all read the same metrics
     if stop and early_stopping is not None:
-        print(f"Ended at step {done} of {total_steps}: no better evaluation for {early_stopping.patience} times.")
+        patience = early_stopping.patience
+        first_console().print(f"Ended at step {done} of {total_steps}: no better evaluation for {patience} times.")
     elif done < total_steps:
-        print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
+        first_console().print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
     return state, stop or done >= total_steps
+
+
+def _logger(config: RunOptions, settings: dict[str, Any], start: int | None) -> RunLogger | SilentLogger:
+    if jax.process_index() > 0:
+        return SilentLogger()
+    overwrite = config.overwrite or config.resume
+    return RunLogger(config.output_dir, config=settings, resume_step=start, overwrite=overwrite)
 
 
 def _enough(early_stopping: EarlyStopping | None, state: Any, folder: Path, *, keep: bool = True) -> bool:

@@ -167,6 +167,8 @@ class ModelOptions(LoraOptions):
     """Recompute activations in the backward pass: less memory, a third more time."""
     chunk_size: int = 128
     """Positions along time whose logits exist at once."""
+    mesh: str = ""
+    """Devices to divide the run over, such as data=2,fsdp=2,tensor=2 (see jaxrl_llm.training.parallel); empty: one."""
 
     def validate_model(self) -> None:
         """Checks the values."""

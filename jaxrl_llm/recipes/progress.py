@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -151,9 +152,14 @@ def table(
     (console or Console()).print(grid)
 
 
+def first_console() -> Console:
+    """Makes a console that prints in the first of several processes alone."""
+    return Console(quiet=jax.process_index() > 0)
+
+
 def facts(title: str, values: Mapping[str, Any], *, console: Console | None = None) -> None:
     """Prints a heading and `name  value` lines: what a run is about to do, or what it has done."""
-    console = console or Console()
+    console = console or first_console()
     console.print(Text(title, "bold"))
     width = max(map(len, values), default=0)
     for name, value in values.items():

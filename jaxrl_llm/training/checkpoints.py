@@ -77,13 +77,19 @@ def save(
     if arrays:  # Orbax refuses an empty tree.
         items["state"] = ocp.args.StandardSave(arrays)
     folder = Path(folder).absolute()
-    shutil.rmtree(folder / _DISCARDED, ignore_errors=True)
+    _clean(folder)
     options = {"max_to_keep": keep, "todelete_subdir": _DISCARDED, "cleanup_tmp_directories": True}
     with _manager(folder, **options) as manager:
         for abandoned in [old for old in manager.all_steps() if old >= step]:
             manager.delete(abandoned)
         manager.save(step, args=ocp.args.Composite(**items), force=True)
-    shutil.rmtree(folder / _DISCARDED, ignore_errors=True)
+    _clean(folder)
+
+
+def _clean(folder: Path) -> None:
+    """Deletes what was discarded; the first of several processes does it."""
+    if jax.process_index() == 0:
+        shutil.rmtree(folder / _DISCARDED, ignore_errors=True)
 
 
 def latest_step(folder: str | os.PathLike) -> int | None:

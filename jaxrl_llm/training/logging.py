@@ -136,6 +136,24 @@ class RunLogger:
         self.close()
 
 
+class SilentLogger:
+    """A `RunLogger` that writes nothing: of all but the first of several processes."""
+
+    config_differences: Sequence[str] = ()
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Writes nothing."""
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes nothing."""
+
+    def __enter__(self) -> "SilentLogger":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     """Reads the metrics.jsonl of a run: one dict per line, with `step`, `time` and the metrics as numbers.
 

@@ -98,7 +98,7 @@ def last_metrics(folder):
 
 
 def test_the_runs_of_a_sweep_are_divided_over_devices(swept, tmp_path):
-    cli.main([*(SWEEP + GRID).split(), "--output-dir", str(tmp_path / "run"), "--num-devices", "4"])
+    cli.main([*(SWEEP + GRID).split(), "--output-dir", str(tmp_path / "run"), "--mesh", "data=4"])
     chex.assert_trees_all_close(last_metrics(tmp_path / "run"), last_metrics(swept), rtol=1e-4, atol=1e-6)
 
 
@@ -107,22 +107,23 @@ def test_the_runs_of_a_sweep_are_divided_over_devices(swept, tmp_path):
 def test_the_environments_of_a_run_are_divided_over_devices_and_a_checkpoint_moves_between_them(tmp_path, normalize):
     words = [*SWEEP.split(), "--eval-episodes", "3", "--updates-per-step", "1", "--save-steps", "1", *normalize]
     for devices in (1, 2):
-        cli.main([*words, "--output-dir", str(tmp_path / f"on_{devices}"), "--num-devices", str(devices)])
+        cli.main([*words, "--output-dir", str(tmp_path / f"on_{devices}"), "--mesh", f"data={devices}"])
     chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
     shutil.rmtree(tmp_path / "on_2/checkpoints/2")
-    cli.main([*words, "--output-dir", str(tmp_path / "on_2"), "--num-devices", "1", "--resume"])
+    cli.main([*words, "--output-dir", str(tmp_path / "on_2"), "--mesh", "", "--resume"])
     chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
-        (ppo, {"num_devices": 99}, "num_devices must be at most 8, the devices that are here, got 99"),
-        (ppo, {"num_devices": 3}, "num_devices must be a divisor of the number of runs, 1, or of num_envs=4, got 3"),
+        (ppo, {"mesh": "data=99"}, "mesh data=99,fsdp=1,tensor=1 has 99 devices, and there are 8"),
+        (ppo, {"mesh": "data=3"}, "mesh must be of a number that divides the runs, 1, or of num_envs=4, got 'data=3'"),
+        (ppo, {"mesh": "tensor=2"}, "mesh must be without tensor: these networks are small, got 'tensor=2'"),
         (
             reinforce,
-            {"num_devices": 2, "num_seeds": 3},
-            "num_devices must be a divisor of the number of runs, 3, got 2",
+            {"mesh": "data=2", "num_seeds": 3},
+            "mesh must be of a number that divides the runs, 3, got 'data=2'",
         ),
     ],
 )

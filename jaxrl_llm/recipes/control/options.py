@@ -92,8 +92,8 @@ class ControlOptions(RunOptions):
     grid: tuple[str, ...] = ()
     """A sweep: values of settings that may be traced, such as learning_rate=1e-4,3e-4 gamma=0.98,0.99.
     Every combination is run with every seed, all as one program."""
-    num_devices: int = 1
-    """Devices that share the work: they divide the runs, or else the environments of each (not of reinforce and grpo).
+    mesh: str = ""
+    """Devices that share the runs, or else the environments of each (not of reinforce and grpo), such as data=4.
     Either way each run is the one that one device makes."""
     updates_per_step: int = 16
     """Updates in one compiled call. That is one step of progress, logging, evaluation and checkpoints."""
@@ -140,7 +140,7 @@ class ControlOptions(RunOptions):
         self.validate_run()
         last = 2**31 - self.num_seeds
         require("seed", self.seed, f"at most {last}, which leaves seeds for all runs", lambda seed: seed <= last)
-        names = ["num_envs", "num_seeds", "num_devices", "updates_per_step", "eval_episodes"]
+        names = ["num_envs", "num_seeds", "updates_per_step", "eval_episodes"]
         require_at_least(1, **{name: getattr(self, name) for name in names})
         meant = "1: updates_per_step says how many updates a line of metrics stands for"
         require("logging_steps", self.logging_steps, meant, lambda steps: steps == 1)

@@ -29,7 +29,8 @@ from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.report import plot_metrics
 from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
 from jaxrl_llm.training.logging import read_metrics
-from jaxrl_llm.types import Key, Metrics
+from jaxrl_llm.training.parallel import num_shards, parse_mesh
+from jaxrl_llm.types import ROW_AXES, Key, Metrics
 
 
 class Lanes(NamedTuple):
@@ -110,26 +111,25 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
 
 
 def place(states: RunnerState, config: RunConfig) -> RunnerState:
-    """Divides the states of all runs over `num_devices` devices; the compiled program follows where they lie.
+    """Divides the states of all runs over the devices of a mesh; the compiled program follows where they lie.
 
     Each device has whole runs, if they divide evenly: then nothing is exchanged. Else each has a share of the environments
     of every run, and the rest is on all.
 
     Raises:
-        ValueError: If neither divides, or there are not so many devices.
+        ValueError: If neither divides, there are not so many devices, or the mesh would divide the networks.
     """
-    number, runs = config.num_devices, states.update.shape[0]
-    if number == 1:
+    mesh, runs = parse_mesh(config.mesh), states.update.shape[0]
+    if mesh is None:
         return states
-    meant = f"at most {jax.device_count()}, the devices that are here"
-    require("num_devices", number, meant, lambda number: number <= jax.device_count())
-    mesh = jax.make_mesh((number,), ("data",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:number])
+    number = num_shards(mesh)
+    require("mesh", config.mesh, "without tensor: these networks are small", lambda _: mesh.shape["tensor"] == 1)
     if runs % number == 0:
-        return jax.device_put(states, NamedSharding(mesh, PartitionSpec("data")))
+        return jax.device_put(states, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     environments = 0 if states.environments is None else config.num_envs
-    meant = f"a divisor of the number of runs, {runs}" + (f", or of num_envs={environments}" if environments else "")
-    require("num_devices", number, meant, lambda number: environments > 0 and environments % number == 0)
-    by_environment = NamedSharding(mesh, PartitionSpec(None, "data"))
+    meant = f"of a number that divides the runs, {runs}" + (f", or of num_envs={environments}" if environments else "")
+    require("mesh", config.mesh, meant, lambda _: environments > 0 and environments % number == 0)
+    by_environment = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
     rest = jax.device_put(states._replace(environments=None), NamedSharding(mesh, PartitionSpec()))
     return rest._replace(environments=jax.device_put(states.environments, by_environment))
 

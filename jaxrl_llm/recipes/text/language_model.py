@@ -46,6 +46,7 @@ from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions
 from jaxrl_llm.rewards import named_task_rows
 from jaxrl_llm.rollouts import generate
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
+from jaxrl_llm.training.parallel import whole
 from jaxrl_llm.types import Key, Params
 
 CHARACTERS = "characters:"
@@ -164,6 +165,9 @@ def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
 
 def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
     """Saves a trained model and its tokenizer; adapters are merged into it, and saved beside the folder too."""
+    params = whole(params)
+    if jax.process_index() > 0:
+        return
     save_pretrained(folder, model.module, merge_lora(params), model.tokenizer)
     if isinstance(params, Adapted):
         save_adapters(folder.with_name(ADAPTER), model.module, params)
@@ -311,6 +315,7 @@ _generate = partial(jax.jit, static_argnames=("apply", "max_new_tokens", "eos_id
 
 def decode(tokenizer: Tokenizer, ids: jax.Array | np.ndarray, mask: jax.Array | np.ndarray) -> list[str]:
     """Decodes each row up to its end, without special tokens."""
-    ids, lengths = np.asarray(ids), np.asarray(mask).sum(-1)
+    ids, mask = map(np.asarray, whole((ids, mask)))
+    lengths = mask.sum(-1)
     rows = [row[:length] for row, length in zip(ids, lengths, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)

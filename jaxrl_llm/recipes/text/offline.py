@@ -5,6 +5,7 @@ all: shuffled batches of fixed shape, a reference policy where one is needed, ev
 checkpoints, early stopping, and the saved model.
 """
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from jaxrl_llm.data import LazySequence, batch_indices, bucket_length
 from jaxrl_llm.models import (
@@ -39,6 +41,16 @@ from jaxrl_llm.recipes.text.language_model import (
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, ReferenceOptions, Task
 from jaxrl_llm.reductions import combine_metrics
 from jaxrl_llm.training import TrainState, init_train_state, make_train_step, sync_reference
+from jaxrl_llm.training.parallel import (
+    local_rows,
+    num_shards,
+    parse_mesh,
+    shard,
+    shard_batch,
+    shardings,
+    sum_over_processes,
+    whole,
+)
 from jaxrl_llm.training.step import LossFunction, WeightsFunction
 from jaxrl_llm.types import Key, Metrics, Params, Scalar
 
@@ -93,32 +105,47 @@ def train_offline(
     Raises:
         ValueError: If a row is longer than the model reads, or the reference of adapters should move.
     """
+    mesh = parse_mesh(config.mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        model = model._replace(params=shard(model.params, mesh))
+        task = task._replace(frozen=shard(task.frozen, mesh))
+        return _train(config, model, task, reference or ReferenceOptions(), mesh)
+
+
+def _train(
+    config: OfflineOptions, model: LanguageModel, task: Task, reference: ReferenceOptions, mesh: Mesh | None
+) -> tuple[Params, dict[str, Any]]:
     _, key, sample_key = run_keys(config.seed)
-    reference = reference or ReferenceOptions()
     trainable, base = split_trainable(model.params)
+    meant, patience = "0 with several processes, for they would all read the metrics", config.early_stopping_patience
+    require("early_stopping_patience", patience, meant, lambda p: p == 0 or jax.process_count() == 1)
     meant = "false with lora: the reference is the model with its adapters off, and stays"
     require("sync_ref_model", reference.sync_ref_model, meant, lambda moves: not moves or base is None)
     lengths = None
     if config.group_by_length:
         lengths = np.array([task.length(row) for row in task.train])
     longest = require_rows_fit(config, model, task)
-    size, num_rows = config.per_device_train_batch_size, len(task.train)
+    size, num_rows = config.per_device_train_batch_size * num_shards(mesh), len(task.train)
+    mine = local_rows(size, mesh)
     total_steps = config.max_steps or max(round(config.num_train_epochs * num_rows / size), 1)
     optimizer, schedule = config.optimizer(total_steps), config.schedule(total_steps)
 
-    step = jax.jit(make_step(config, task.loss_fn, task.weights_fn, optimizer), donate_argnums=0)
+    state = shard(init_train_state(trainable, optimizer), mesh)
+    placed: dict[str, Any] = {} if mesh is None else {"out_shardings": (shardings(state, mesh), None)}
+    step = jax.jit(make_step(config, task.loss_fn, task.weights_fn, optimizer), donate_argnums=0, **placed)
     sync = jax.jit(sync_reference, donate_argnums=0)
     prepare = None if task.prepare is None else jax.jit(task.prepare)
     score = None if task.reference_fn is None else jax.jit(task.reference_fn)
     start = base
     if score is not None and base is None:  # a copy, for the step gives the memory of its state away
         start = jax.tree.map(jnp.copy, model.params)
-    held_out = _stack(task, min(size, len(task.held_out)))
+    held_out = _stack(task, min(size, len(task.held_out)), mesh)
     scored = None
     if score is not None and not reference.sync_ref_model:
-        held_out = held_out._replace(reference=jax.lax.map(partial(score, start), held_out))
+        score_stack = jax.jit(lambda params, stack: jax.lax.map(partial(score, params), stack))
+        held_out = held_out._replace(reference=score_stack(start, held_out))
     if score is not None and reference.precompute_ref_log_probs:
-        scored, start = _score_all(partial(score, start), task, longest, size), None
+        scored, start = _score_all(partial(score, start), task, longest, size, mesh), None
     evaluate = make_evaluation(task, held_out)
 
     def policy(state: OfflineState) -> Params:
@@ -129,11 +156,13 @@ def train_offline(
         length = longest
         if lengths is not None:
             length = bucket_length(int(lengths[indices].max()), max_length=longest)
-        rows = [task.train[i] for i in indices]
+        rows = [task.train[i] for i in indices[mine]]
         batch = task.collate(rows, length)
+        described = task.describe(batch)
         if scored is not None:
-            batch = batch._replace(reference=jax.tree.map(lambda x: x[indices], scored))
-        elif score is not None:
+            batch = batch._replace(reference=jax.tree.map(lambda x: x[indices[mine]], scored))
+        batch = shard_batch(batch, mesh)
+        if scored is None and score is not None:
             batch = batch._replace(reference=score(state.ref_params if reference.sync_ref_model else start, batch))
         if prepare is not None:
             batch = prepare(policy(state), batch)
@@ -147,15 +176,15 @@ def train_offline(
                 mixup_alpha=reference.ref_model_mixup_alpha,
                 sync_steps=reference.ref_model_sync_steps,
             )
-        num_tokens = state.num_tokens + sum(map(task.tokens or task.length, rows))
+        num_tokens = state.num_tokens + sum_over_processes(sum(map(task.tokens or task.length, rows)))
         done = {"epoch": (index + 1) * size / num_rows, "num_tokens": num_tokens}
-        metrics |= task.describe(batch) | {"learning_rate": schedule(index)} | done
+        metrics |= described | {"learning_rate": schedule(index)} | done
         return OfflineState(train, ref_params, num_tokens), metrics
 
     folder = Path(config.output_dir) / "model"
     state, complete_run = training_loop(
         config,
-        OfflineState(init_train_state(trainable, optimizer), start if reference.sync_ref_model else None),
+        OfflineState(state, start if reference.sync_ref_model else None),
         update,
         total_steps=total_steps,
         label=task.label,
@@ -254,22 +283,30 @@ def _load_best(folder: Path, model: LanguageModel, base: Adapted | None) -> Para
     return load(folder)[1]
 
 
-def _stack(task: Task, size: int) -> Any:
+def _stack(task: Task, size: int, mesh: Mesh | None) -> Any:
     """Collates all held-out rows: arrays of [batches, size, …]. What fills the last batch up is not `real`."""
     rows, count = list(task.held_out), len(task.held_out)
-    if task.weights_fn is None:
+    size = -(-size // num_shards(mesh)) * num_shards(mesh)
+    if task.weights_fn is None and count >= size:
         rows = rows[: count // size * size]
     rows += [rows[0]] * (-len(rows) % size)
     batch = task.collate(rows, max(map(task.length, rows)))
     batch = batch._replace(real=np.arange(len(rows)) < count)
-    return jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, size, *x.shape[1:]), batch)
+    mine = local_rows(size, mesh)
+    stack = jax.tree.map(lambda x: jnp.asarray(x).reshape(-1, size, *x.shape[1:])[:, mine], batch)
+    return shard_batch(stack, mesh, axis=1)
 
 
-def _score_all(score: Callable[[Any], Any], task: Task, length: int, size: int) -> Any:
+def _score_all(score: Callable[[Any], Any], task: Task, length: int, size: int, mesh: Mesh | None) -> Any:
     """Scores all training rows in their order: numpy arrays of [rows, …]."""
     rows = list(task.train)
-    filled = rows + [rows[0]] * (-len(rows) % size)
-    parts = [jax.device_get(score(task.collate(filled[i : i + size], length))) for i in range(0, len(filled), size)]
+    filled, mine = rows + [rows[0]] * (-len(rows) % size), local_rows(size, mesh)
+
+    def score_some(first: int) -> Any:
+        batch = task.collate(filled[first : first + size][mine], length)
+        return jax.device_get(whole(score(shard_batch(batch, mesh))))
+
+    parts = [score_some(first) for first in range(0, len(filled), size)]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *parts)
 
 

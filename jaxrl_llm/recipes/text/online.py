@@ -4,6 +4,7 @@
 functions by name, held-out prompts completed greedily, completions in the log, the saved model.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from functools import partial
@@ -55,6 +56,8 @@ from jaxrl_llm.recipes.text.prompts import (
 )
 from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.training.logging import read_metrics, require_free
+from jaxrl_llm.training.parallel import local_rows, parse_mesh, shard, shard_batch, shardings
+from jaxrl_llm.training.parallel import whole as fetch
 from jaxrl_llm.types import Key, Params
 
 SAMPLES = 8
@@ -149,11 +152,30 @@ def run_online(
     Raises:
         ValueError: If a row of the data or a reward function is wrong.
     """
-    if not (config.resume or config.overwrite):
+    if not (config.resume or config.overwrite) and jax.process_index() == 0:
         require_free(config.output_dir)
     init_key, train_key, eval_key, start_key = jax.random.split(jax.random.key(config.seed), 4)
     parts = load_parts(config, init_key)
+    mesh = parse_mesh(config.mesh)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        parts = parts._replace(model=parts.model._replace(params=shard(parts.model.params, mesh)))
+        return _train(
+            config, parts, make_method, optimizer, (train_key, eval_key, start_key), needs_reference, schedule
+        )
+
+
+def _train(
+    config: OnlineOptions,
+    parts: Parts,
+    make_method: Callable[[LanguageModel, Any], Method],
+    optimizer: optax.GradientTransformation,
+    keys: tuple[Key, Key, Key],
+    needs_reference: bool,
+    schedule: optax.Schedule | None,
+) -> dict[str, Any]:
     model, train = parts.model, parts.train
+    train_key, eval_key, start_key = keys
+    mesh = parse_mesh(config.mesh)
     method = make_method(model, config)
     facts(
         f"{method.label.upper()} on {config.dataset}",
@@ -169,7 +191,8 @@ def run_online(
     ref_params: Params | None = None
     if needs_reference:
         ref_params = jax.tree.map(jnp.copy, trained) if frozen is None else {}
-    iterate = compile_iteration(parts, method, optimizer, config)
+    start = RunState(shard(start_state(method, method.start(start_key, trained), optimizer), mesh))
+    iterate = compile_iteration(parts, method, optimizer, config, start.online)
     held_out_reward = make_evaluation(parts, method, config)
     last: dict[str, Rollout] = {}
 
@@ -186,7 +209,6 @@ def run_online(
     def evaluate(state: RunState) -> dict[str, Any]:
         return {"eval_reward": known.pop() if known else held_out_reward(state.online.train.params, frozen, eval_key)}
 
-    start = RunState(start_state(method, method.start(start_key, trained), optimizer))
     # Before the run leaves anything behind: a reward that does not work is found here.
     known = [] if config.resume else [held_out_reward(start.online.train.params, frozen, eval_key)]
     state, complete_run = training_loop(
@@ -254,14 +276,24 @@ def load_rewards(model: LanguageModel, config: OnlineOptions) -> HostRewards | T
 
 
 def compile_iteration(
-    parts: Parts, method: Method, optimizer: optax.GradientTransformation, config: OnlineOptions
+    parts: Parts,
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    config: OnlineOptions,
+    start: OnlineState,
 ) -> Callable[..., tuple[OnlineState, dict[str, Any], Rollout]]:
-    """Makes `iterate(state, indices, key, ref_params, frozen)`: one program, or two with the rewards between them."""
+    """Makes `iterate(state, indices, key, ref_params, frozen)`: one program, or two with the rewards between them.
+
+    On a mesh the state stays where `start` has it. Every process computes all rewards, and keeps those of its rows.
+    """
     model, rewards, train = parts.model, parts.rewards, parts.train
+    mesh = parse_mesh(config.mesh)
+    where = None if mesh is None else shardings(start, mesh)
+    mine = local_rows(config.num_prompts, mesh)
     ids = {"eos_ids": model.eos_ids, "pad_id": model.pad_id}
     if isinstance(rewards, TracedRewards):
 
-        @partial(jax.jit, donate_argnums=1)
+        @partial(jax.jit, donate_argnums=1, out_shardings=None if mesh is None else (where, None, None))
         def whole(reward, state, prompts, key, ref_params, frozen):
             policy = bind(model, frozen, config)
             iteration = make_iteration(policy, optimizer, method, reward, config, **ids)
@@ -269,19 +301,21 @@ def compile_iteration(
             return state, metrics | function_metrics(config.reward_funcs, rollout.rewards), rollout
 
         def iterate_whole(state, indices, key, ref_params, frozen):
-            prompts = train.batch(indices, model.pad_id)
+            prompts = shard_batch(train.batch(indices[mine], model.pad_id), mesh)
             return whole(rewards.reward, state, prompts, key, ref_params, frozen)
 
         return iterate_whole
 
     programs = make_programs(model, method, optimizer, config)
-    sample, update = jax.jit(programs.sample), jax.jit(programs.update, donate_argnums=0)
+    sample = jax.jit(programs.sample)
+    update = jax.jit(programs.update, donate_argnums=0, out_shardings=None if mesh is None else (where, None))
 
     def iterate(state, indices, key, ref_params, frozen):
         sample_key, update_key = iteration_keys(key, state)
-        prompts = train.batch(indices, model.pad_id)
+        prompts = shard_batch(train.batch(indices[mine], model.pad_id), mesh)
         completions = sample(state.train.params, sample_key, prompts, frozen)
-        scores, reward_metrics = rewards(train, indices, completions)
+        scores, reward_metrics = rewards(train, indices, fetch(completions))
+        scores = shard_batch(np.asarray(scores)[local_rows(len(scores), mesh)], mesh)
         rollout = as_rollout(prompts, completions, jnp.asarray(scores), config.num_generations)
         state, metrics = update(state, ref_params, rollout, update_key, frozen)
         return state, metrics | reward_metrics, rollout
@@ -340,7 +374,7 @@ def make_evaluation(
             indices = np.arange(start, start + size) % count  # the last batch is filled up with the first prompts
             prompts = held_out.batch(indices, model.pad_id)
             completions = sample(params, frozen, key, prompts)
-            scores = parts.rewards(held_out, indices, completions)[0]
+            scores = parts.rewards(held_out, indices, fetch(completions))[0]
             rollout = as_rollout(prompts, completions, jnp.asarray(scores), 1)
             total.append(np.asarray(rollout.total_rewards(config.reward_weights))[: count - start])
         given = np.concatenate(total)
@@ -357,7 +391,7 @@ def sampled_rows(
     if rollout is None:
         return []
     count = min(max(SAMPLES, config.num_completions_to_print), config.num_rows)
-    some = jax.tree.map(lambda x: np.asarray(x[:count]), rollout)
+    some = jax.tree.map(lambda x: np.asarray(x[:count]), fetch(rollout))
     prompts = [model.tokenizer.decode(ids[mask]) for ids, mask in zip(some.prompt_ids, some.prompt_mask, strict=True)]
     texts = decode(model.tokenizer, some.completions.ids, some.completions.mask)
     totals = np.asarray(some.total_rewards(config.reward_weights))
