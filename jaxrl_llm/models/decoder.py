@@ -4,6 +4,7 @@ An architecture says how tokens are placed, what a block computes and how the la
 here, once, so that nothing outside this package need know which architecture it has.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -167,7 +168,7 @@ class Decoder(LoraModule):
             positions = jnp.where(cache.length <= cache.mask.shape[1], positions, config.context_length)
 
         token_embedding = embedding(config, config.vocab_size, "token_embedding")
-        hidden = token_embedding(jnp.where(real, tokens, 0))
+        hidden = look_up(token_embedding, jnp.where(real, tokens, 0))
         if not deterministic and not (isinstance(neftune_noise_alpha, int | float) and neftune_noise_alpha == 0):
             hidden += embedding_noise(self.make_rng("dropout"), real, config.width, neftune_noise_alpha)
         hidden, rotation = self.place(hidden, positions, deterministic)
@@ -213,18 +214,34 @@ def spread_rows(hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batc
 
     What lies where is XLA's choice else, and parameters that are divided would let it divide the features of all rows.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not set(ROW_AXES) <= set(mesh.auto_axes):
+    sizes = _mesh_axes()
+    if not sizes:
         return hidden
-    rows = hidden.shape[0] % (mesh.shape[ROW_AXES[0]] * mesh.shape[ROW_AXES[1]]) == 0
-    spec = jax.sharding.PartitionSpec(ROW_AXES if rows else None)
-    return jax.lax.with_sharding_constraint(hidden, spec)
+    divides = hidden.shape[0] % (sizes[ROW_AXES[0]] * sizes[ROW_AXES[1]]) == 0
+    return jax.lax.with_sharding_constraint(hidden, jax.sharding.PartitionSpec(ROW_AXES if divides else None))
+
+
+def _mesh_axes() -> Mapping[str, int]:
+    """Tells the sizes of the mesh in force, empty if there is none whose placement is XLA's choice."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {} if mesh.empty or not set(ROW_AXES) <= set(mesh.auto_axes) else mesh.shape
 
 
 def embedding(config: Any, num_embeddings: int, name: str) -> nn.Embed:
     """Makes a table of embeddings, in float32."""
     init = nn.initializers.normal(config.initializer_range)
     return nn.Embed(num_embeddings, config.width, embedding_init=init, name=name)
+
+
+def look_up(table: nn.Embed, ids: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
+    """Looks ids up in a table; NaN where they are out of range. On a mesh the features of the table are gathered first.
+
+    (XLA would look up the features that each device has, and then exchange them for rows by way of a whole copy.)
+    """
+    rows = table.embedding
+    if _mesh_axes():
+        rows = jax.lax.with_sharding_constraint(rows, jax.sharding.PartitionSpec())
+    return jnp.take(rows, ids, axis=0)
 
 
 def embedding_noise(

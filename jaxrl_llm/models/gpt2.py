@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxrl_llm.models import attention
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import LayerCache, LayerInputs
-from jaxrl_llm.models.decoder import Decoder, embedding
+from jaxrl_llm.models.decoder import Decoder, embedding, look_up
 from jaxrl_llm.models.gpt2_config import GPT2Config
 
 
@@ -94,7 +94,7 @@ class GPT2(Decoder):
     ) -> tuple[Float[Array, "batch time hidden"], None]:
         """Adds the position embedding; out of range it answers NaN."""
         config = self.config
-        hidden += embedding(config, config.n_positions, "position_embedding")(positions)
+        hidden += look_up(embedding(config, config.n_positions, "position_embedding"), positions)
         return nn.Dropout(config.embd_pdrop, deterministic=deterministic)(hidden.astype(config.dtype)), None
 
     def norm(self, name: str) -> nn.LayerNorm:
