@@ -29,7 +29,7 @@ OFFLINE = {"per_device_train_batch_size": ROWS, "num_samples": 0}
 ONLINE = {"num_prompts": 2, "num_generations": 2, "max_completion_length": TIME}
 REFERRED = {"ppo": {"num_generations": 2}, "grpo": {"beta": 0.1}, "rloo": {"beta": 0.1}, "reinforce": {"kl_coef": 0.1}}
 OPTIONS = {
-    **{name: OFFLINE for name in ("sft", "dpo", "kto", "orpo", "cpo", "distill")},
+    **dict.fromkeys(("sft", "dpo", "kto", "orpo", "cpo", "distill"), OFFLINE),
     "pretrain": OFFLINE | {"max_length": PROMPT + TIME},
     **{name: ONLINE | options for name, options in REFERRED.items()},
     "trpo": ONLINE,
