@@ -3,9 +3,9 @@
     jaxrl-llm estimate --model my/gpt2 --recipe dpo --batch-size 8 --memory 24
     jaxrl-llm estimate --recipe grpo --n-layer 12 --n-head 12 --n-embd 768 --n-positions 1024 --batch-size 16
 
-The programs are those that the recipe would run, compiled from shapes: of a saved model only config.json is read. One row
-for each way to train: all parameters, LoRA (rank lora_r), QLoRA. Peak: what the run holds, with what the largest program
-needs beside it: activations, gradients, outputs. With `memory` it says what fits. GB are 10^9 bytes.
+The programs are those that the recipe would run, compiled from shapes: of a saved model only config.json is read. One column
+for each way to train: all parameters, LoRA (rank lora_r), QLoRA. Temporary: activations, gradients, the KV cache. Peak:
+what the run holds, with what its largest program needs beside it. With `memory` it says what fits. GB are 10^9 bytes.
 
 The figures are of the programs that XLA makes for this machine's backend, and another plans otherwise. For a CPU, where
 matrices of bfloat16 are multiplied after a conversion, it keeps copies in float32 that a GPU or TPU does not need: with
@@ -231,10 +231,11 @@ def _first_that_fits(config: Config, needs: Mapping[Way, Need]) -> Way | None:
 
 def _print(needs: Mapping[Way, Need], memory: float) -> None:
     held = ("parameters", "optimizer", "reference", "kv_cache", "temporary", "peak")
-    titles = ["way", "trained", *(f"{name.replace('_', ' ')} GB" for name in held), *(["fits"] if memory else [])]
-    rows = []
-    for way, need in needs.items():
-        gigabytes = [getattr(need, name) / GB for name in held]
-        fits = ["yes" if need.peak <= memory * GB else "no"] if memory else []
-        rows.append([way.label, need.trained_parameters, *gigabytes, *fits])
-    table("Bytes by what they are for (temporary: activations, gradients and the KV cache)", titles, rows)
+    rows = [["trained", *(f"{need.trained_parameters:,}" for need in needs.values())]]
+    for name in held:
+        rows.append([f"{name.replace('_', ' ')}, GB", *(f"{getattr(need, name) / GB:.3g}" for need in needs.values())])
+    rows.append(["peak in", *(need.program for need in needs.values())])
+    if memory:
+        rows.append(["fits", *("yes" if need.peak <= memory * GB else "no" for need in needs.values())])
+    title = "What each way holds, and what its largest program needs beside it (temporary)"
+    table(title, ["", *(way.label for way in needs)], rows)

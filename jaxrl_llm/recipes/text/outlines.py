@@ -31,6 +31,14 @@ Recipe: TypeAlias = Literal["sft", "dpo", "grpo", "ppo"]
 RecipeConfig: TypeAlias = sft.Config | dpo.Config | grpo.Config | ppo.Config
 
 
+QUICKLY = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+"""Compiles for a CPU in a quarter of the time; the bytes that the program needs are the same, but for some hundred."""
+
+
 class Program(NamedTuple):
     """A program of a run.
 
@@ -47,8 +55,9 @@ class Program(NamedTuple):
     donated: tuple[int, ...] = ()
 
     def compile(self) -> Any:
-        """Compiles it for the default backend, from shapes alone."""
-        return jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments).compile()
+        """Compiles it for the default backend, from shapes alone, to be looked at and not to be run."""
+        lowered = jax.jit(self.function, donate_argnums=self.donated).lower(*self.arguments)
+        return lowered.compile(QUICKLY if jax.default_backend() == "cpu" else None)
 
 
 class Outline(NamedTuple):
