@@ -10,7 +10,10 @@ from jax._src import compiler  # there is no public way to see all programs of a
 
 from jaxrl_llm.models import save_pretrained
 from jaxrl_llm.recipes.options import ModelOptions
-from jaxrl_llm.recipes.text.language_model import load_model
+from jaxrl_llm.recipes.text import sft
+from jaxrl_llm.recipes.text.estimate import bytes_of
+from jaxrl_llm.recipes.text.language_model import load_model, outline_model
+from jaxrl_llm.recipes.text.outlines import outline_run
 from tests.recipes.runs import write_rows
 
 VOCAB = 211  # a prime number, which divides the size of an array only if the array has the vocabulary as an axis
@@ -112,3 +115,48 @@ def test_no_program_of_a_run_holds_the_logits_of_a_batch(name, data, programs, t
 def test_logits_of_a_whole_batch_are_found_where_there_are_some(name, data, programs, tmp_path):
     run(settings(name, data, tmp_path, chunk_size=PROMPT + TIME))
     assert all_logits(programs)
+
+
+DEEP = {"tokenizer": "characters:0123456789", "n_layer": 12, "n_head": 2, "n_embd": 32, "n_positions": 64}
+
+
+def step_of_sft(**changes):
+    """The compiled step of a deep model, and what it holds."""
+    options = {"dataset": "rows", "max_length": 64, "per_device_train_batch_size": 8, "warmup_steps": 0}
+    config = sft.Config(**DEEP | options | changes)
+    run = outline_run(outline_model(config), config)
+    return run, run.programs["step"].compile().memory_analysis()
+
+
+@pytest.fixture(scope="module")
+def plain_step():
+    return step_of_sft()
+
+
+def test_recomputing_activations_takes_memory_for_one_layer_and_not_for_all(plain_step):
+    _, recomputed = step_of_sft(remat=True)
+    assert recomputed.temp_size_in_bytes < 0.4 * plain_step[1].temp_size_in_bytes
+
+
+def test_a_batch_in_parts_takes_memory_for_one_part(plain_step):
+    _, parts = step_of_sft(gradient_accumulation_steps=8)
+    assert parts.temp_size_in_bytes < 0.4 * plain_step[1].temp_size_in_bytes
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": True}, {"optim_state_dtype": "bfloat16"}])
+def test_a_step_takes_over_the_memory_of_its_state(changes, plain_step):
+    run, memory = step_of_sft(**changes) if changes else plain_step
+    state = bytes_of((run.trained, run.opt_state))
+    assert state <= memory.alias_size_in_bytes <= memory.output_size_in_bytes < state + 10_000, "the rest are metrics"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_plan_leaves_out_the_float32_copy_of_frozen_kernels_that_a_cpu_makes(dtype):
+    run, planned = step_of_sft(lora=True, dtype=dtype, remat=True, gradient_accumulation_steps=8)
+    as_run = run.programs["step"].compile(as_run=True).memory_analysis()
+    kernels = 12 * 12 * DEEP["n_embd"] ** 2 * 4
+    copied = as_run.temp_size_in_bytes - planned.temp_size_in_bytes
+    if dtype == "float32":
+        assert copied < 0.1 * planned.temp_size_in_bytes
+    else:
+        assert copied > 0.9 * kernels

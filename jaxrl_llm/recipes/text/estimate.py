@@ -7,9 +7,10 @@ The programs are those that the recipe would run, compiled from shapes: of a sav
 for each way to train: all parameters, LoRA (rank lora_r), QLoRA. Temporary: activations, gradients, the KV cache. Peak:
 what the run holds, with what its largest program needs beside it. With `memory` it says what fits. GB are 10^9 bytes.
 
-The figures are of the programs that XLA makes for this machine's backend, and another plans otherwise. For a CPU, where
-matrices of bfloat16 are multiplied after a conversion, it keeps copies in float32 that a GPU or TPU does not need: with
-`--dtype bfloat16` the figures of a CPU are too high. The allocator's own loss, a tenth or so, is not counted.
+The figures are of the programs that XLA makes for this machine's backend, and another plans otherwise. One thing is left out
+of a CPU's: with adapters and `--dtype bfloat16` it would hold all kernels in float32 too, as no accelerator needs to (see
+`outlines.CPU_PLAN`). Training all parameters with bfloat16 is float32 throughout on a CPU, and so estimated too high. What
+an allocator wastes, a tenth or so, is not counted.
 """
 
 import dataclasses
