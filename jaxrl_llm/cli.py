@@ -32,6 +32,10 @@ COMMANDS = {
     "trpo": ("jaxrl_llm.recipes.text.trpo", "trust region policy optimization: natural gradient, bounded KL"),
     "generate": ("jaxrl_llm.recipes.text.generate", "complete prompts with a saved model"),
     "evaluate": ("jaxrl_llm.recipes.text.evaluate", "perplexity, right answers and preferences of a saved model"),
+    "estimate": (
+        "jaxrl_llm.recipes.text.estimate",
+        "what a run will need in memory, before anything is allocated",
+    ),
     "control ppo": ("jaxrl_llm.recipes.control.ppo", "proximal policy optimization on a gymnax environment"),
     "control trpo": ("jaxrl_llm.recipes.control.trpo", "trust region policy optimization, with a value network"),
     "control a2c": ("jaxrl_llm.recipes.control.a2c", "advantage actor-critic: a step of RMSprop every few steps"),

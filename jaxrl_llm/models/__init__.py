@@ -26,6 +26,7 @@ from jaxrl_llm.models.peft import save_adapters as save_adapters
 from jaxrl_llm.models.pretrained import from_pretrained as from_pretrained
 from jaxrl_llm.models.pretrained import from_pretrained_reward_model as from_pretrained_reward_model
 from jaxrl_llm.models.pretrained import is_reward_model as is_reward_model
+from jaxrl_llm.models.pretrained import pretrained_module as pretrained_module
 from jaxrl_llm.models.pretrained import save_pretrained as save_pretrained
 from jaxrl_llm.models.quantization import Quantized as Quantized
 from jaxrl_llm.models.quantization import dequantize as dequantize

@@ -55,10 +55,30 @@ def from_gguf(path: str | os.PathLike[str], **settings: Any) -> tuple[Llama, Par
     """
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
-    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    module = Llama(dataclasses.replace(_config(fields, tied), **settings))
+    module = _module(reader, fields, **settings)
     params = params_from_tensors(_tensors(reader, module.config), module, LAYOUT)
     return module, params, _tokenizer(fields)
+
+
+def gguf_module(path: str | os.PathLike[str], **settings: Any) -> Llama:
+    """Makes the module of a GGUF file from its header; the weights are not read.
+
+    Args:
+        path: The file.
+        settings: Fields of `LlamaConfig` to set or replace.
+
+    Raises:
+        ModuleNotFoundError: If the package `gguf` is not installed.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no GGUF file, or holds another architecture.
+    """
+    reader = _open(path)
+    return _module(reader, {name: field.contents() for name, field in reader.fields.items()}, **settings)
+
+
+def _module(reader: Any, fields: Mapping[str, Any], **settings: Any) -> Llama:
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    return Llama(dataclasses.replace(_config(fields, tied), **settings))
 
 
 def _open(path: str | os.PathLike[str]) -> Any:

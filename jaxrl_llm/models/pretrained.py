@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,12 @@ import numpy as np
 from jaxrl_llm.models.architectures import ARCHITECTURES, SCALAR_HEAD, Architecture
 from jaxrl_llm.models.checkpoint import EMBEDDING, params_from_tensors, tensors_from_params
 from jaxrl_llm.models.decoder import Decoder
-from jaxrl_llm.models.gguf import from_gguf
+from jaxrl_llm.models.gguf import from_gguf, gguf_module
 from jaxrl_llm.models.heads import ScalarHead
 from jaxrl_llm.types import Params
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FILES = ("*.json", "*.safetensors", "*.txt", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 
 
@@ -50,14 +51,33 @@ def from_pretrained(
         _check_vocabulary(tokenizer, module.config)
         return module, params, tokenizer
     folder = _resolve(path_or_id, revision)
-    found, architecture = _read_config(folder)
-    if _is_reward_model(found):
-        raise ValueError(f"{folder} holds a reward model: load it with from_pretrained_reward_model.")
-    module = architecture.module(dataclasses.replace(architecture.config_from_json(found), **settings))
-    params = params_from_tensors(_read_tensors(folder), module, architecture.layout)
+    module = pretrained_module(folder, **settings)
+    layout = ARCHITECTURES[module.config.model_type].layout
+    params = params_from_tensors(_read_tensors(folder), module, layout)
     tokenizer = _read_tokenizer(folder)
     _check_vocabulary(tokenizer, module.config)
     return module, params, tokenizer
+
+
+def pretrained_module(path_or_id: str | os.PathLike[str], *, revision: str | None = None, **settings: Any) -> Decoder:
+    """Makes the module of a saved language model from its config alone; the weights are neither needed nor read.
+
+    Args:
+        path_or_id: As in `from_pretrained`; of the hub, config.json alone is downloaded.
+        revision: As in `from_pretrained`.
+        settings: As in `from_pretrained`.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or no config.json in it.
+        ValueError: If the model is of another type, uses an option that ours does not have, or is a reward model.
+    """
+    if str(path_or_id).endswith(".gguf"):
+        return gguf_module(path_or_id, **settings)
+    folder = _resolve(path_or_id, revision, [CONFIG])
+    found, architecture = _read_config(folder)
+    if _is_reward_model(found):
+        raise ValueError(f"{folder} holds a reward model: load it with from_pretrained_reward_model.")
+    return architecture.module(dataclasses.replace(architecture.config_from_json(found), **settings))
 
 
 def from_pretrained_reward_model(
@@ -184,16 +204,15 @@ def published(path: Path, weights: str) -> Iterator[Path]:
             (folder / file).replace(path / file)
 
 
-def _resolve(path_or_id: str | os.PathLike[str], revision: str | None) -> Path:
-    """Returns the folder: the path itself, or a snapshot of that id from the hub."""
+def _resolve(path_or_id: str | os.PathLike[str], revision: str | None, patterns: Sequence[str] = FILES) -> Path:
+    """Returns the folder: the path itself, or a snapshot of these files of that id from the hub."""
     from huggingface_hub import snapshot_download
 
     folder = Path(path_or_id).expanduser()
     if folder.is_dir():
         return folder
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(str(path_or_id), revision=revision, allow_patterns=list(patterns)))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"path_or_id={str(path_or_id)!r} is no folder on this machine, and the Hugging Face hub gave nothing under "

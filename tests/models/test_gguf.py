@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxrl_llm.models import from_gguf, from_pretrained, save_pretrained
+from jaxrl_llm.models import from_gguf, from_pretrained, pretrained_module, save_pretrained
 from jaxrl_llm.models.gguf import NAMES
 from jaxrl_llm.rollouts import generate
 
@@ -88,6 +88,7 @@ def test_an_untied_head_is_read_and_settings_replace_those_of_the_file(tmp_path,
     head = np.arange(61 * 24, dtype=np.float32).reshape(61, 24)
     path = write(tmp_path / "model.gguf", tensors | {"lm_head.weight": head})
     module, params, _ = from_gguf(path, dtype="bfloat16")
+    assert pretrained_module(path, dtype="bfloat16") == module
     np.testing.assert_array_equal(params["lm_head"]["kernel"], head.T)
     assert (module.config.tie_word_embeddings, module.config.dtype) == (False, jnp.bfloat16)
 

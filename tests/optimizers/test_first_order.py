@@ -173,6 +173,47 @@ def test_frozen_subtrees_do_not_move_and_have_no_state(frozen):
     assert sizes == 2 * sum(flat[name].size for name in trained) + 1
 
 
+def bytes_of(tree):
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(("name", "moments"), [("adamw", 2), ("adam", 2), ("amsgrad", 3), ("momentum", 1)])
+def test_the_first_moment_alone_may_be_held_in_bfloat16(name, moments):
+    whole = make_optimizer(name, learning_rate=0.1).init(PARAMS)
+    short = make_optimizer(name, learning_rate=0.1, optim_state_dtype="bfloat16").init(PARAMS)
+    count = sum(x.size for x in jax.tree.leaves(PARAMS))
+    counters = 4 * (name != "momentum")
+    assert bytes_of(whole) == 4 * count * moments + counters
+    assert bytes_of(short) == 4 * count * (moments - 1) + 2 * count + counters
+    halved = [x for x in jax.tree.leaves(short) if x.dtype == jnp.bfloat16]
+    assert [x.shape for x in halved] == [x.shape for x in jax.tree.leaves(PARAMS)]
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "amsgrad", "momentum"])
+def test_a_first_moment_in_bfloat16_learns_as_one_in_float32_does(name):
+    options = {"learning_rate": 0.01, "weight_decay": 0.01}
+    gradients = jnp.asarray(GRADIENTS, jnp.float32)
+    whole, short = (
+        np.asarray(follow(make_optimizer(name, **options, optim_state_dtype=kind), jnp.float32(START), gradients))
+        for kind in (None, "bfloat16")
+    )
+    moved = np.abs(whole - START.astype(np.float32)).max()
+    assert 0 < np.abs(short - whole).max() < 0.02 * moved
+
+
+def test_a_second_moment_in_bfloat16_would_stand_still():
+    kept = jnp.bfloat16(1.0)
+    assert jnp.bfloat16(0.999 * kept.astype(jnp.float32)) == kept, "why optim_state_dtype leaves it alone"
+    optimizer = make_optimizer("adamw", learning_rate=0.1, optim_state_dtype="bfloat16")
+    params, state = jnp.ones(3), optimizer.init(jnp.ones(3))
+    seconds = []
+    for _ in range(2):
+        state = optimizer.update(jnp.ones(3), state, params)[1]
+        seconds.append(optax.tree.get(state, "nu"))
+    assert seconds[0].dtype == jnp.float32
+    close(seconds[1], 1 - 0.999**2, rtol=1e-4)
+
+
 def test_the_gradient_is_clipped_by_its_global_norm():
     def clipped(gradient, **options):
         optimizer = make_optimizer("sgd", learning_rate=1.0, max_grad_norm=1.0, **options)
@@ -230,6 +271,13 @@ def test_learning_rates_and_decays_may_be_traced_and_swept(kind):
         (
             lambda: make_schedule(0.1, lr_scheduler_type="cosine", warmup_steps=5, total_steps=5),
             r"needs total_steps greater than warmup_steps=5, got 5",
+        ),
+        *(
+            (
+                lambda name=name: make_optimizer(name, learning_rate=0.1, optim_state_dtype="bfloat16"),
+                f"optim_state_dtype must be None or 'float32' for {name}, which keeps no first moment, got 'bfloat16'",
+            )
+            for name in ("sgd", "rmsprop")
         ),
         (
             lambda: make_optimizer(learning_rate=0.1, frozen=["dens", "norm"]).init(PARAMS),

@@ -25,6 +25,10 @@ SHARED = [
     ({"adam_beta1": 1.0}, r"adam_beta1 must be in \[0, 1\), got 1.0"),
     ({"adam_beta2": -0.1}, r"adam_beta2 must be in \[0, 1\), got -0.1"),
     ({"adam_epsilon": 0.0}, "adam_epsilon must be positive, got 0.0"),
+    (
+        {"optim": "sgd", "optim_state_dtype": "bfloat16"},
+        "optim_state_dtype must be float32 for sgd, which keeps no mean of gradients, got 'bfloat16'",
+    ),
     ({"max_grad_norm": 0.0}, "max_grad_norm must be positive, got 0.0"),
     ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be a whole number of at least 1, got 0"),
     ({"eval_fraction": 1.0}, "eval_fraction must be between 0 and 1, got 1.0"),

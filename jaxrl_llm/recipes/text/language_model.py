@@ -37,6 +37,7 @@ from jaxrl_llm.models import (
     head_kernel,
     load_adapters,
     merge_lora,
+    pretrained_module,
     quantize_params,
     save_adapters,
     save_pretrained,
@@ -123,11 +124,53 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
         tokenizer = _tokenizer(options.tokenizer) if tokenizer is None else tokenizer
         params = None
         module = _new_module(options, tokenizer)
-    config = module.config.with_dropout(options.dropout)
-    module = module.clone(config=dataclasses.replace(config, dtype=jnp.dtype(options.dtype), remat=options.remat))
+    module = _configured(module, options)
     if params is None:
         params = jax.jit(module.init)(key, jnp.zeros((1, 1), jnp.int32))["params"]
     return with_adapters(LanguageModel(module, params, tokenizer), options, lora_key)
+
+
+def outline_model(options: ModelOptions) -> LanguageModel:
+    """Makes what `load_model` does with shapes in the place of all parameters: of a saved model only its config is read.
+
+    A saved model gets a tokenizer that is not its own, for what a program holds does not depend on which ids end a text.
+
+    Args:
+        options: Which model; adapters are fresh ones.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+        ValueError: If the model is of another type, or `target_modules` names no layer.
+    """
+    tokenizer = character_tokenizer(ALPHABET) if options.model else _tokenizer(options.tokenizer)
+    module = pretrained_module(options.model) if options.model else _new_module(options, tokenizer)
+    return outline_of_module(_configured(module, options), tokenizer, options)
+
+
+def outline_of_module(module: Decoder, tokenizer: Tokenizer, options: ModelOptions) -> LanguageModel:
+    """Makes a language model of a module with the shapes of its parameters, with adapters if the options say so.
+
+    Args:
+        module: The model.
+        tokenizer: Its tokenizer.
+        options: What is trained.
+
+    Raises:
+        ValueError: If `target_modules` names no layer.
+    """
+
+    def params(key: Key) -> Params:
+        init_key, lora_key = jax.random.split(key)
+        plain = module.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return with_adapters(LanguageModel(module, plain, tokenizer), options, lora_key).params
+
+    return LanguageModel(module, jax.eval_shape(params, jax.random.key(0)), tokenizer)
+
+
+def _configured(module: Decoder, options: ModelOptions) -> Decoder:
+    """Sets how the options want the model to compute."""
+    config = module.config.with_dropout(options.dropout)
+    return module.clone(config=dataclasses.replace(config, dtype=jnp.dtype(options.dtype), remat=options.remat))
 
 
 def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:
