@@ -1,5 +1,6 @@
 """The model that a language recipe trains, and the questions that every recipe asks it."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
@@ -104,6 +105,11 @@ class LanguageModel(NamedTuple):
         return f"{count:,} of {total:,}, {100 * count / total:.2f} %"
 
 
+def in_host_memory(options: ModelOptions) -> contextlib.AbstractContextManager:
+    """Makes arrays in the memory of the host where a mesh is to divide them: one device may have no room for all."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0]) if options.mesh else contextlib.nullcontext()
+
+
 def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
     """Loads the model that the options name (a folder, a GGUF file, a hub id), or makes a new one.
 
@@ -115,6 +121,11 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
     Raises:
         ValueError: If a saved model comes without a tokenizer.
     """
+    with in_host_memory(options):
+        return _load_model(options, key, tokenizer)
+
+
+def _load_model(options: ModelOptions, key: Key, tokenizer: Tokenizer | None) -> LanguageModel:
     key, lora_key = jax.random.split(key) if options.adapts else (key, key)
     if options.model:
         module, params, tokenizer = from_pretrained(options.model)

@@ -40,7 +40,7 @@ from jaxrl_llm.recipes.options import LearningRates, ModelOptions, require
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.statistics import pearson_correlation, wilson_interval
 from jaxrl_llm.recipes.text import pairs
-from jaxrl_llm.recipes.text.language_model import LanguageModel, load_model, require_room, with_adapters
+from jaxrl_llm.recipes.text.language_model import LanguageModel, in_host_memory, load_model, require_room, with_adapters
 from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, Task, load_splits, real_rows
 from jaxrl_llm.recipes.text.scoring import in_batches, text_rewards
@@ -132,7 +132,8 @@ def load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
     """
     key, lora_key = jax.random.split(key) if options.adapts else (key, key)
     plain = dataclasses.replace(options, lora=False, qlora=False, adapter="")
-    return with_adapters(_load_reward_model(plain, key), options, lora_key)
+    with in_host_memory(options):
+        return with_adapters(_load_reward_model(plain, key), options, lora_key)
 
 
 def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
