@@ -58,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words after the program's name; those of the process if not given.
     """
     xla_cpu.set_flag()
-    _join_processes()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words[:1] == ["--version"]:
@@ -111,6 +110,7 @@ def _run(name: str, options: list[str]) -> None:
         description += f"\nOther defaults, which further options change, by --preset NAME: {', '.join(presets)}."
     default = presets.get(preset, tyro.MISSING_NONPROP)
     config = tyro.cli(module.Config, prog=f"jaxrl-llm {name}", description=description, args=options, default=default)
+    _join_processes()
     try:
         module.run(config)
     except KeyboardInterrupt:

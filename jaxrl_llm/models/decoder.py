@@ -234,9 +234,9 @@ def embedding(config: Any, num_embeddings: int, name: str) -> nn.Embed:
 
 
 def look_up(table: nn.Embed, ids: Int[Array, "batch time"]) -> Float[Array, "batch time hidden"]:
-    """Looks ids up in a table; NaN where they are out of range. On a mesh the features of the table are gathered first.
+    """Looks ids up in a table; NaN where they are out of range. On a mesh the whole table is gathered first.
 
-    (XLA would look up the features that each device has, and then exchange them for rows by way of a whole copy.)
+    (XLA would look up the features that each device has, and then exchange them for rows by way of a copy for all rows.)
     """
     rows = table.embedding
     if _mesh_axes():

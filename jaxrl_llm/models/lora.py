@@ -270,7 +270,7 @@ def merge_lora(params: Params) -> Params:
         params: `Adapted` parameters; plain ones are returned as they are.
 
     Returns:
-        Plain parameters; leaves without an adapter are shared, not copied. Quantised kernels come back in float32.
+        Plain parameters; leaves without an adapter are shared, not copied. Adapted and quantised kernels come back in float32.
     """
     if not isinstance(params, Adapted):
         return params
@@ -285,7 +285,7 @@ def merge_lora(params: Params) -> Params:
             if "m" in lora:
                 merged *= jnp.expand_dims(_gain(kernel, a, b, lora["m"], scale), -2)
             whole = {name: leaf for name, leaf in lora.items() if name not in PAIR}
-            return {**base, **whole, "kernel": merged.astype(kernel.dtype)}
+            return {**base, **whole, "kernel": merged}
         return {**base, **{name: merge(base[name], lora[name]) for name in lora}}
 
     merged = flat_leaves(merge(params.base, params.lora or {}))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -12,8 +12,8 @@ from rich.text import Text
 from jaxrl_llm.recipes.options import RunOptions
 from jaxrl_llm.recipes.progress import Progress, first_console
 from jaxrl_llm.training import checkpoints
-from jaxrl_llm.training.logging import RunLogger, SilentLogger, interruptible, read_metrics
-from jaxrl_llm.training.parallel import wait_for_processes
+from jaxrl_llm.training.logging import RunLogger, SilentLogger, interruptible, read_metrics, require_free
+from jaxrl_llm.training.parallel import sum_over_processes, wait_for_processes
 from jaxrl_llm.types import Metrics
 
 State = TypeVar("State")
@@ -59,10 +59,14 @@ def training_loop(
         label: What is running, for the progress line.
         evaluate: `evaluate(state) -> metrics`, called before the first step, every `eval_steps` and at the end.
         sample: `sample(state, step) -> rows`, called where `evaluate` is; the rows go into samples.jsonl.
-        about: What config.json holds besides the settings.
+        about: What config.json holds besides the settings; a resumed run must have the same.
         early_stopping: Ends the run when evaluations no longer improve. It goes by the metrics that are written, so a
             resumed run ends where an uninterrupted one does.
         show: Metrics of the progress line.
+
+    Raises:
+        FileExistsError: If the folder holds a run, and nothing says to go on or to overwrite it.
+        ValueError: If a run is resumed that was about something else, or its checkpoint does not fit the state.
 
     Returns:
         The last state, and whether the run is complete (it is not after Ctrl-C).
@@ -71,7 +75,15 @@ def training_loop(
     start = checkpoints.latest_step(folder / "checkpoints") if config.resume else None
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "overwrite")} | (about or {})
     if start is not None:
-        state = checkpoints.restore(folder / "checkpoints", state, config=settings).state
+        restored = checkpoints.restore(folder / "checkpoints", state, config=settings)
+        _require_same(about or {}, restored.extra["config"])
+        for leaf in jax.tree.leaves(state):  # a run never holds two states
+            if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+                leaf.delete()
+        state = restored.state
+    elif not config.overwrite:
+        require_free(folder)  # in all processes, so that none waits for another that was refused
+    wait_for_processes("start of training")
     done = saved = start or 0
     with (
         _logger(config, settings, start) as logger,
@@ -89,7 +101,7 @@ def training_loop(
         if evaluate is not None and done == 0:
             logger.log(0, evaluation())
         stop = _enough(early_stopping, state, folder, keep=start is None)
-        while done < total_steps and not interrupt.stop and not stop:
+        while done < total_steps and not stop and not sum_over_processes(int(interrupt.stop)):
             state, metrics = update(state, done)
             done += 1
             last = done == total_steps
@@ -113,6 +125,16 @@ def training_loop(
     elif done < total_steps:
         first_console().print(f"Stopped after step {done} of {total_steps}; --resume goes on from here.")
     return state, stop or done >= total_steps
+
+
+def _require_same(about: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuses to go on with a run in which a step means something else."""
+    for name, value in about.items():
+        if saved.get(name, value) != value:
+            raise ValueError(
+                f"resume must go on with {name}={saved[name]!r} of the saved run, got {value!r}. (The rows of a step are "
+                "per_device_train_batch_size times the data and fsdp axes of the mesh.)"
+            )
 
 
 def _logger(config: RunOptions, settings: dict[str, Any], start: int | None) -> RunLogger | SilentLogger:

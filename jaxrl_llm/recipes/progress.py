@@ -149,7 +149,7 @@ def table(
         grid.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         grid.add_row(*(Text(format_cell(cell)) for cell in row))
-    (console or Console()).print(grid)
+    (console or first_console()).print(grid)
 
 
 def first_console() -> Console:

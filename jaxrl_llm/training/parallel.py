@@ -75,8 +75,10 @@ def parse_mesh(text: str) -> Mesh | None:
     """Makes the mesh of a text such as `data=2,fsdp=4`; empty: None, for one device.
 
     Raises:
-        ValueError: If it is not of that form, or there are not so many devices.
+        ValueError: If it is not of that form, there are not so many devices, or several processes have none.
     """
+    if not text and jax.process_count() > 1:
+        raise ValueError(f"mesh must be given to {jax.process_count()} processes, such as data={jax.device_count()}.")
     if not text:
         return None
     found = re.findall(r"(?:^|,)(\w+)=(\d+)(?=,|$)", text)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.sharding import AxisType, NamedSharding
@@ -88,6 +88,7 @@ def spoil(batch: Batch, value: float) -> Batch:
     return batch | spoiled | {name: np.where(batch["row_mask"], batch[name], value) for name in PER_ROW}
 
 
+@settings(max_examples=10)
 @given(masks, seeds, garbage)
 def test_padding_never_changes_a_loss(mask, seed, value):
     batch = make_batch(seed, mask)
@@ -131,6 +132,7 @@ def test_the_parts_of_a_split_batch_add_up(mask, seed):
         close(jax.tree.map(lambda *x: np.concatenate(x), *[r.grads for r in part]), expected.grads)
 
 
+@settings(max_examples=10)
 @given(masks, seeds, garbage)
 def test_garbage_in_masked_inputs_does_no_harm(mask, seed, value):
     batch = make_batch(seed, mask)

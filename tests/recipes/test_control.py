@@ -140,6 +140,7 @@ def test_continuous_actions_find_their_target(name, settings):
     assert (jnp.exp(log_std) < 0.5).all()
 
 
+@pytest.mark.slow
 @some("dqn")
 def test_vmapped_seeds_equal_separate_runs(name):
     module, config = TINY[name]

@@ -176,6 +176,7 @@ def test_scoring_all_rows_by_the_reference_beforehand_gives_the_same_run(finishe
     assert_same_run(whole.output_dir, scored.output_dir)
 
 
+@pytest.mark.slow
 def test_the_reference_follows_the_model_in_every_so_many_steps_and_resumes_with_it(finished, monkeypatch):
     synced = {"sync_ref_model": True, "ref_model_mixup_alpha": 0.25, "ref_model_sync_steps": 3}
     config = renamed(finished[0], "synced", **synced, save_steps=1, save_total_limit=99)

@@ -1,4 +1,4 @@
-"""Recipes on a mesh of 8 devices: the run of one device, checkpoints that move between meshes, and two processes."""
+"""Recipes on a mesh of 8 devices: the run of one device, and checkpoints that move between meshes."""
 
 import dataclasses
 import json
@@ -46,7 +46,8 @@ def assert_same_curves(left, right):
             np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize("recipe", [sft, pytest.param(dpo, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [sft, dpo])
 def test_an_offline_run_on_a_mesh_is_that_of_one_device(recipe, tmp_path):
     dataset = write_rows(tmp_path / "rows.jsonl", ROWS)
     options = TINY | OFFLINE | ({"warmup_steps": 0} if recipe is sft else {})
@@ -65,10 +66,8 @@ def test_a_checkpoint_moves_from_8_devices_to_4_and_to_1(tmp_path, monkeypatch):
     one = sft.Config(**options, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
     sft.run(one)
     moved = dataclasses.replace(one, output_dir=str(tmp_path / "moved"))
-    for mesh, size, stop in (("data=2,fsdp=4", 1, 2), ("fsdp=4", 2, 4), ("", 8, None)):
-        config = dataclasses.replace(
-            moved, mesh=mesh, per_device_train_batch_size=size, resume=stop is None or size > 1
-        )
+    for mesh, size, stop in ((MESH, 2, 2), ("fsdp=4", 2, 4), ("", 8, None)):
+        config = dataclasses.replace(moved, mesh=mesh, per_device_train_batch_size=size, resume=mesh != MESH)
         with monkeypatch.context() as patch:
             if stop is not None:
                 press_ctrl_c_after(patch, step=stop)

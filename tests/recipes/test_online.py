@@ -62,7 +62,9 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.mark.parametrize("name", ["rloo", "reinforce", "ppo", pytest.param("trpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["rloo", "ppo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reinforce", "trpo"))]
+)
 def test_each_method_learns_and_leaves_a_model(name, settings, folder):
     config = config_of(name, settings, folder)
     figures = RECIPES[name].run(config)
@@ -184,19 +186,27 @@ def test_how_many_prompts_are_sampled_at_once_changes_no_sample():
 VARIANTS = [
     ("grpo", {"loss_type": "grpo", "beta": 0.1, "num_iterations": 2}),
     ("grpo", {"loss_type": "sapo", "scale_rewards": "batch", "mask_truncated_completions": True}),
-    ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "top_entropy_quantile": 0.5}),
+    pytest.param(
+        "grpo", {"loss_type": "cispo", "epsilon_high": 5.0, "top_entropy_quantile": 0.5}, marks=pytest.mark.slow
+    ),
     (
         "grpo",
         {"loss_type": "vespo", "drop_zero_std_groups": True, "off_policy_mask_threshold": 0.1, "num_minibatches": 2},
     ),
     ("grpo", {"loss_type": "luspo", "importance_sampling_level": "sequence"}),
-    ("grpo", {"loss_type": "gmpo", "multi_objective_aggregation": "normalize_then_sum"}),
+    pytest.param(
+        "grpo", {"loss_type": "gmpo", "multi_objective_aggregation": "normalize_then_sum"}, marks=pytest.mark.slow
+    ),
     ("grpo", {"top_p": 0.8, "importance_sampling_mode": "token_truncate", "use_adaptive_entropy": True}),
-    ("reinforce", {"baseline": "none", "normalize_advantages": True, "kl_coef": 0.1}),
+    pytest.param(
+        "reinforce", {"baseline": "none", "normalize_advantages": True, "kl_coef": 0.1}, marks=pytest.mark.slow
+    ),
     ("reinforce", {"baseline": "group", "gamma": 0.9}),
     ("rloo", {"beta": 0.1, "normalize_advantages": True}),
     ("ppo", {"whiten_rewards": True, "missing_eos_penalty": 1.0, "num_iterations": 2}),
-    ("ppo", {"value_network": "shared", "kl_estimator": "k3", "num_minibatches": 2}),
+    pytest.param(
+        "ppo", {"value_network": "shared", "kl_estimator": "k3", "num_minibatches": 2}, marks=pytest.mark.slow
+    ),
     ("trpo", {"loss_type": "grpo"}),
 ]
 

@@ -407,7 +407,7 @@ def samples(folder):
 @pytest.mark.parametrize(
     ("name", "phase"),
     [
-        ("grpo", "checkpoint"),
+        pytest.param("grpo", "checkpoint", marks=pytest.mark.slow),
         pytest.param("grpo", "sampling", marks=pytest.mark.slow),
         pytest.param("ppo", "update", marks=pytest.mark.slow),
         pytest.param("trpo", "checkpoint", marks=pytest.mark.slow),

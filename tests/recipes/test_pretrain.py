@@ -186,6 +186,7 @@ def test_a_row_without_text_is_refused_with_its_place(tmp_path):
         pretrain.load_texts(config)
 
 
+@pytest.mark.slow
 def test_a_llama_is_pretrained_on_characters_and_tuned_by_the_same_recipes(tmp_path):
     folder = Path(tmp_path, "texts")
     folder.mkdir()

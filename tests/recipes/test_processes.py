@@ -114,6 +114,7 @@ def test_the_loss_of_a_process_ends_the_other_with_an_error_and_the_run_can_be_r
     while not (folder / "checkpoints" / "10").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
     started[1].send_signal(signal.SIGKILL)
+    started[1].wait()
     assert started[0].wait(timeout=200) != 0
     assert "another task died" in said_by(log, 0).read_text()
     saved = max(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
@@ -133,4 +134,4 @@ def test_processes_that_do_not_say_who_they_are_are_refused(names, monkeypatch):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match=r"needs a whole number .or auto., JAX_COORDINATOR_ADDRESS=host:port"):
-        cli.main(["--version"])
+        cli.main(["sft"])

@@ -77,6 +77,9 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
     Raises:
         ValueError: If a setting is wrong, or a run is resumed with another number of updates in each step of the run.
     """
+    require(
+        "processes", jax.process_count(), "one for environments: these networks are small", lambda count: count == 1
+    )
     for point in config.points():
         algorithm.validate(dataclasses.replace(config, **point))
     lanes = make_lanes(config)

@@ -5,14 +5,16 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxrl_llm.log_probs import TokenStatistics, chunked_token_statistics
 from jaxrl_llm.models import ScalarHead, from_pretrained_reward_model, scalar_head_params
 from jaxrl_llm.recipes.text.experience import Experience, Policy
-from jaxrl_llm.recipes.text.language_model import LanguageModel
+from jaxrl_llm.recipes.text.language_model import LanguageModel, in_host_memory
 from jaxrl_llm.recipes.text.model_rewards import same_tokens
 from jaxrl_llm.rollouts.scoring import Apply, completion_outputs
+from jaxrl_llm.training.parallel import shard
 from jaxrl_llm.types import Key, Params
 
 ValueNetwork: TypeAlias = Literal["shared", "separate"]
@@ -42,7 +44,9 @@ class Critic(NamedTuple):
     score: Callable[[Policy, ActorCriticParams, Experience], tuple[TokenStatistics, Float[Array, "rows time"]]]
 
 
-def make_critic(model: LanguageModel, network: ValueNetwork, value_model: str = "") -> Critic:
+def make_critic(
+    model: LanguageModel, network: ValueNetwork, value_model: str = "", *, mesh: Mesh | None = None
+) -> Critic:
     """Makes the critic of a language model.
 
     Args:
@@ -50,6 +54,7 @@ def make_critic(model: LanguageModel, network: ValueNetwork, value_model: str = 
         network: `shared`: a linear head on the policy's hidden states, which cost nothing more; `separate`: a network of
             its own, which begins as a copy of the policy.
         value_model: Folder of a reward model that a separate network begins as.
+        mesh: Devices to divide that reward model over.
 
     Raises:
         ValueError: If `value_model` does not read the tokens of the policy.
@@ -58,7 +63,9 @@ def make_critic(model: LanguageModel, network: ValueNetwork, value_model: str = 
     zeros = jnp.zeros((model.module.config.width, 1))
     if network == "shared":
         return Critic(lambda key, policy: ActorCriticParams(policy, {"kernel": zeros}), _score_shared)
-    module, params = _value_module(model, value_model)
+    with in_host_memory():
+        module, params = _value_module(model, value_model)
+    params = shard(params, mesh)
 
     def start(key: Key, policy: Params) -> ActorCriticParams:
         if params is not None:

@@ -111,7 +111,7 @@ def run(config: Config) -> dict[str, Any]:
     """
     validate(config)
     key = run_keys(config.seed)[0]
-    teacher = load_model(ModelOptions(model=config.teacher, dtype=config.dtype), key)
+    teacher = load_model(ModelOptions(model=config.teacher, dtype=config.dtype, mesh=config.mesh), key)
     student = load_model(config, key, tokenizer=teacher.tokenizer)
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ValueError(f"model={config.model!r} has another vocabulary than teacher={config.teacher!r}.")

@@ -107,7 +107,9 @@ def validate(config: Config) -> None:
     if config.recipe in ("grpo", "ppo"):
         meant = f"a multiple of num_generations={config.num_generations}"
         require("batch_size", rows, meant, lambda rows: rows % config.num_generations == 0)
-    VALIDATE[config.recipe](settings_of(config, Way(0)))
+    require("mesh", config.mesh, "empty: this is for one device", lambda mesh: not mesh)
+    for way in (Way(0), Way(config.lora_r)):
+        VALIDATE[config.recipe](settings_of(config, way))
 
 
 def settings_of(config: Config, way: Way) -> RecipeConfig:

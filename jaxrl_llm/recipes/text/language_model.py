@@ -44,11 +44,12 @@ from jaxrl_llm.models import (
     save_pretrained,
     split_trainable,
 )
+from jaxrl_llm.optimizers.first_order import path_name
 from jaxrl_llm.recipes.options import ModelOptions, OptimizerOptions
 from jaxrl_llm.rewards import named_task_rows
 from jaxrl_llm.rollouts import generate
 from jaxrl_llm.rollouts.scoring import Apply, HeadKernel
-from jaxrl_llm.training.parallel import whole
+from jaxrl_llm.training.parallel import parse_mesh, shard, whole
 from jaxrl_llm.types import Key, Params
 
 CHARACTERS = "characters:"
@@ -105,9 +106,18 @@ class LanguageModel(NamedTuple):
         return f"{count:,} of {total:,}, {100 * count / total:.2f} %"
 
 
-def in_host_memory(options: ModelOptions) -> contextlib.AbstractContextManager:
-    """Makes arrays in the memory of the host where a mesh is to divide them: one device may have no room for all."""
-    return jax.default_device(jax.local_devices(backend="cpu")[0]) if options.mesh else contextlib.nullcontext()
+def in_host_memory() -> contextlib.AbstractContextManager:
+    """Makes arrays in the memory of the host: one device may have no room for what is quantised or divided afterwards."""
+    return jax.default_device(jax.local_devices(backend="cpu")[0])
+
+
+def place(params: Params, options: ModelOptions) -> Params:
+    """Brings parameters from the memory of the host to the devices of the mesh, or to the one that there is."""
+    if options.mesh:
+        return shard(params, parse_mesh(options.mesh))
+    if jax.default_backend() == "cpu":
+        return params
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), params)
 
 
 def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None = None) -> LanguageModel:
@@ -119,10 +129,12 @@ def load_model(options: ModelOptions, key: Key, *, tokenizer: Tokenizer | None =
         tokenizer: Of a new model, instead of the one that the options name.
 
     Raises:
-        ValueError: If a saved model comes without a tokenizer.
+        ValueError: If a saved model comes without a tokenizer, or the mesh is wrong.
     """
-    with in_host_memory(options):
-        return _load_model(options, key, tokenizer)
+    parse_mesh(options.mesh)
+    with in_host_memory():
+        model = _load_model(options, key, tokenizer)
+    return model._replace(params=place(model.params, options))
 
 
 def _load_model(options: ModelOptions, key: Key, tokenizer: Tokenizer | None) -> LanguageModel:
@@ -198,31 +210,36 @@ def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> Lang
         if not options.adapter:
             return model
         return model._replace(params=merge_lora(load_adapters(options.adapter, model.module, model.params)))
-    base = jax.tree.map(jnp.asarray, model.params)  # every step reads it: it is put in its place once
-    base = _cast_kernels(base, jnp.dtype(options.dtype))
+    base = jax.tree.map(jnp.asarray, model.params)
     if options.qlora:
         base = quantize_params(base, options.quant_type, use_double_quant=options.use_double_quant)
+    base = _cast_matrices(base, jnp.dtype(options.dtype))
     if options.adapter:
         return model._replace(params=load_adapters(options.adapter, model.module, base))
     assert options.lora_config is not None
     return model._replace(params=adapt(key, base, options.lora_config))
 
 
-def _cast_kernels(params: Params, dtype: jnp.dtype) -> Params:
-    """Casts all matrices and embeddings; a model computes with them in that type in any case."""
+def _cast_matrices(params: Params, dtype: jnp.dtype) -> Params:
+    """Casts the kernels and embeddings of a decoder to the type that it multiplies in; a scalar head stays in float32."""
 
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key in ("kernel", "embedding") else leaf
+    def cast(path: tuple, leaf: Any) -> Any:
+        name = path_name(path)
+        matrix = name.endswith(("kernel", "embedding")) and not name.startswith("score/")
+        return leaf.astype(dtype) if matrix and not isinstance(leaf, Quantized) else leaf
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
 
 
 def save_model(folder: Path, model: LanguageModel, params: Params) -> None:
-    """Saves a trained model and its tokenizer; adapters are merged into it, and saved beside the folder too."""
-    params = whole(params)
+    """Saves a trained model in float32, and its tokenizer; adapters are merged into it, and saved beside the folder too."""
+    params = jax.device_get(whole(params))
     if jax.process_index() > 0:
         return
-    save_pretrained(folder, model.module, merge_lora(params), model.tokenizer)
+    with in_host_memory():  # where a quantised model has room to be merged
+        params = jax.tree.map(jnp.asarray, params)
+        merged = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), merge_lora(params))
+    save_pretrained(folder, model.module, merged, model.tokenizer)
     if isinstance(params, Adapted):
         save_adapters(folder.with_name(ADAPTER), model.module, params)
 

@@ -107,7 +107,6 @@ def train_offline(
     """
     mesh = parse_mesh(config.mesh)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        model = model._replace(params=shard(model.params, mesh))
         task = task._replace(frozen=shard(task.frozen, mesh))
         return _train(config, model, task, reference or ReferenceOptions(), mesh)
 
@@ -158,7 +157,7 @@ def _train(
             length = bucket_length(int(lengths[indices].max()), max_length=longest)
         rows = [task.train[i] for i in indices[mine]]
         batch = task.collate(rows, length)
-        described = task.describe(batch)
+        described = {name: sum_over_processes(value) for name, value in task.describe(batch).items()}
         if scored is not None:
             batch = batch._replace(reference=jax.tree.map(lambda x: x[indices[mine]], scored))
         batch = shard_batch(batch, mesh)
@@ -188,6 +187,7 @@ def _train(
         update,
         total_steps=total_steps,
         label=task.label,
+        about={"rows_per_step": size},
         evaluate=lambda state: evaluate(policy(state), state.ref_params),
         sample=_sampler(config, model, task, sample_key, policy),
         early_stopping=_early_stopping(config, model, folder, policy),
@@ -195,7 +195,7 @@ def _train(
     )
     params = policy(state)
     if complete_run and config.early_stopping_patience:  # the best model is there already
-        params = _load_best(folder, model, base)
+        params = shard(_load_best(folder, model, base), mesh)
     elif complete_run:
         save_model(folder, model, params)
     figures: dict[str, Any] = {k: float(v) for k, v in evaluate(params, state.ref_params).items()}
@@ -286,8 +286,12 @@ def _load_best(folder: Path, model: LanguageModel, base: Adapted | None) -> Para
 def _stack(task: Task, size: int, mesh: Mesh | None) -> Any:
     """Collates all held-out rows: arrays of [batches, size, …]. What fills the last batch up is not `real`."""
     rows, count = list(task.held_out), len(task.held_out)
-    size = -(-size // num_shards(mesh)) * num_shards(mesh)
-    if task.weights_fn is None and count >= size:
+    shards = num_shards(mesh)
+    size = -(-size // shards) * shards
+    if task.weights_fn is None:  # no weights could leave out what fills a batch up
+        meant = f"of {count} parts at most, as many as there are held-out rows, for a loss that cannot be split"
+        require("mesh", shards, meant, lambda parts: parts <= count)
+        size = min(size, count // shards * shards)
         rows = rows[: count // size * size]
     rows += [rows[0]] * (-len(rows) % size)
     batch = task.collate(rows, max(map(task.length, rows)))

@@ -32,7 +32,7 @@ class OfflineOptions(RunOptions, ModelOptions, OptimizerOptions):
     max_length: int = 256
     """Tokens after which a row is cut."""
     per_device_train_batch_size: int = 32
-    """Rows of a step, on each device of a mesh; gradient_accumulation_steps divides them (in TRL it multiplies them)."""
+    """Rows of a step for each part of data × fsdp of a mesh; gradient_accumulation_steps divides them (TRL multiplies)."""
     num_train_epochs: float = 1.0
     """Passes over the training rows, unless max_steps says otherwise."""
     max_steps: int = 0

@@ -56,7 +56,7 @@ from jaxrl_llm.recipes.text.prompts import (
 )
 from jaxrl_llm.rollouts import Completions
 from jaxrl_llm.training.logging import read_metrics, require_free
-from jaxrl_llm.training.parallel import local_rows, parse_mesh, shard, shard_batch, shardings
+from jaxrl_llm.training.parallel import local_rows, parse_mesh, shard, shard_batch, shardings, wait_for_processes
 from jaxrl_llm.training.parallel import whole as fetch
 from jaxrl_llm.types import Key, Params
 
@@ -152,13 +152,15 @@ def run_online(
     Raises:
         ValueError: If a row of the data or a reward function is wrong.
     """
-    if not (config.resume or config.overwrite) and jax.process_index() == 0:
+    if not (config.resume or config.overwrite):
         require_free(config.output_dir)
+    wait_for_processes("before the run")
     init_key, train_key, eval_key, start_key = jax.random.split(jax.random.key(config.seed), 4)
     parts = load_parts(config, init_key)
     mesh = parse_mesh(config.mesh)
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        parts = parts._replace(model=parts.model._replace(params=shard(parts.model.params, mesh)))
+        if isinstance(parts.rewards, TracedRewards):
+            parts = parts._replace(rewards=parts.rewards._replace(reward=shard(parts.rewards.reward, mesh)))
         return _train(
             config, parts, make_method, optimizer, (train_key, eval_key, start_key), needs_reference, schedule
         )
@@ -290,6 +292,8 @@ def compile_iteration(
     mesh = parse_mesh(config.mesh)
     where = None if mesh is None else shardings(start, mesh)
     mine = local_rows(config.num_prompts, mesh)
+    for rows in (config.num_rows // config.scoring_parts, config.rollout_batch_size or config.num_prompts):
+        local_rows(rows, mesh)  # raises where a part of the work could not be divided
     ids = {"eos_ids": model.eos_ids, "pad_id": model.pad_id}
     if isinstance(rewards, TracedRewards):
 

@@ -33,6 +33,7 @@ from jaxrl_llm.recipes.text.language_model import LanguageModel
 from jaxrl_llm.recipes.text.online import FirstOrderOptions, run_first_order
 from jaxrl_llm.reductions import LossWeights, loss_weights, masked_mean
 from jaxrl_llm.rewards.credit import penalize_missing_eos, response_advantages, token_rewards
+from jaxrl_llm.training.parallel import parse_mesh
 from jaxrl_llm.types import Key, Mask, Metrics, Params, Scalar
 
 
@@ -109,7 +110,7 @@ def validate(config: Config) -> None:
 
 def make_method(model: LanguageModel, config: Config) -> Method:
     """Makes what PPO learns from completions and rewards."""
-    critic = make_critic(model, config.value_network, config.value_model)
+    critic = make_critic(model, config.value_network, config.value_model, mesh=parse_mesh(config.mesh))
 
     def gather(
         policy: Policy,

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import jax
 import numpy as np
 
 from jaxrl_llm.data import (
@@ -135,6 +136,8 @@ def load_windows(config: Config, texts: Sequence[str], tokenizer: Tokenizer) -> 
     """Tokenizes the texts to train on, into memory or, where they are streamed, into a file, and cuts them into windows."""
     if not config.streaming:
         return text_windows(stream(texts, tokenizer), config.max_length)
+    alone = "false with several processes, which would write the same file of tokens"
+    require("streaming", config.streaming, alone, lambda _: jax.process_count() == 1)
     folder = Path(config.output_dir) / "tokens"
     facts("Tokenizing", {"from": config.dataset, "to": folder})
     return write_tokens(folder, config.dataset, tokenizer, split=config.split).windows(config.max_length)
@@ -142,7 +145,7 @@ def load_windows(config: Config, texts: Sequence[str], tokenizer: Tokenizer) -> 
 
 def make_loss(model: LanguageModel, config: Config):
     """Makes `loss_fn(params, batch, key)`: that of `sft`, where every token of a window but its first is a target."""
-    names = "dropout", "lora", "lora_dropout", "chunk_size", "z_loss"
+    names = "dropout", "lora", "qlora", "lora_dropout", "chunk_size", "z_loss"
     return sft.make_loss(model, sft.Config(**{name: getattr(config, name) for name in names}))
 
 

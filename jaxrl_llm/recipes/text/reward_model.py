@@ -40,7 +40,14 @@ from jaxrl_llm.recipes.options import LearningRates, ModelOptions, require
 from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.statistics import pearson_correlation, wilson_interval
 from jaxrl_llm.recipes.text import pairs
-from jaxrl_llm.recipes.text.language_model import LanguageModel, in_host_memory, load_model, require_room, with_adapters
+from jaxrl_llm.recipes.text.language_model import (
+    LanguageModel,
+    in_host_memory,
+    load_model,
+    place,
+    require_room,
+    with_adapters,
+)
 from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
 from jaxrl_llm.recipes.text.offline_task import OfflineOptions, Task, load_splits, real_rows
 from jaxrl_llm.recipes.text.scoring import in_batches, text_rewards
@@ -131,9 +138,10 @@ def load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
         ValueError: If a saved model comes without a tokenizer.
     """
     key, lora_key = jax.random.split(key) if options.adapts else (key, key)
-    plain = dataclasses.replace(options, lora=False, qlora=False, adapter="")
-    with in_host_memory(options):
-        return with_adapters(_load_reward_model(plain, key), options, lora_key)
+    plain = dataclasses.replace(options, lora=False, qlora=False, adapter="", mesh="")
+    with in_host_memory():
+        model = with_adapters(_load_reward_model(plain, key), options, lora_key)
+    return model._replace(params=place(model.params, options))
 
 
 def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:

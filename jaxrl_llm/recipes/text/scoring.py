@@ -14,6 +14,7 @@ from jaxrl_llm.divergences import chunked_generalized_jsd
 from jaxrl_llm.log_probs import chunked_token_statistics
 from jaxrl_llm.losses import sequence_log_probs
 from jaxrl_llm.models import Decoder, ScalarHead, head_kernel, last_token_values
+from jaxrl_llm.training.parallel import whole
 from jaxrl_llm.types import Key, Params
 
 T = TypeVar("T")
@@ -129,6 +130,7 @@ def in_batches(
         indices = np.resize(order[start : start + size], size)
         width = bucket_length(int(lengths[indices].max()), max_length=longest)
         batch = collate([rows[i] for i in indices.tolist()], width)
-        parts.append(jax.device_get(jax.tree.map(score, batch, is_leaf=lambda x: isinstance(x, TokenBatch))))
+        scores = jax.tree.map(score, batch, is_leaf=lambda x: isinstance(x, TokenBatch))
+        parts.append(jax.device_get(whole(scores)))
     places = np.argsort(order)
     return jax.tree.map(lambda *x: np.concatenate(x)[places], *parts)
