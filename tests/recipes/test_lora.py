@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxrl_llm.data import Tokens
 from jaxrl_llm.models import (
     Quantized,
     ScalarHead,
@@ -18,7 +19,7 @@ from jaxrl_llm.models import (
     split_trainable,
 )
 from jaxrl_llm.recipes.options import ModelOptions
-from jaxrl_llm.recipes.text import distill, dpo, grpo, kto, offline, ppo, reward_model, sft, trpo
+from jaxrl_llm.recipes.text import distill, dpo, grpo, kto, offline, ppo, pretrain, reward_model, sft, trpo
 from jaxrl_llm.recipes.text.language_model import load_model
 from jaxrl_llm.recipes.text.offline import OfflineState, run_keys
 from jaxrl_llm.training import checkpoints, init_train_state
@@ -217,6 +218,26 @@ def test_qlora_learns_from_rewards(recipe, tmp_path):
     changed = jax.tree.map(lambda old, new: not np.array_equal(old, new), before.lora, adapted.lora)
     assert any(jax.tree.leaves(changed))
     assert "model" in figures
+
+
+def test_what_is_trained_beside_a_base_in_bfloat16_is_float32(finished, tmp_path):
+    options = TINY | {"qlora": True, "dtype": "bfloat16", "dataset": finished[0].dataset}
+    params = reward_model.load_reward_model(reward_model.Config(**options), jax.random.key(0)).params
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params.lora)} == {"float32"}
+    assert params.base["score"]["kernel"].dtype == "float32"
+    assert params.base["backbone"]["token_embedding"]["embedding"].dtype == "bfloat16"
+
+
+def test_pretraining_of_adapters_drops_out_too(finished):
+    dataset = finished[0].dataset
+    config = pretrain.Config(**TINY, qlora=True, lora_dropout=0.5, target_modules=("all-linear",), dataset=dataset)
+    model = start(config)
+    lora = jax.tree.map(lambda leaf: leaf + 0.3, model.params.lora)
+    params = dataclasses.replace(model.params, lora=lora)
+    tokens = Tokens(np.arange(8, dtype=np.int32), np.arange(8) > 0, False)
+    batch, loss = sft.collate(0, [tokens], 8), jax.jit(pretrain.make_loss(model, config))
+    first, second = (float(loss(params, batch, jax.random.key(seed))[0]) for seed in (0, 1))
+    assert first != second
 
 
 def test_adapters_learn_at_ten_times_the_rate_of_the_whole_model():

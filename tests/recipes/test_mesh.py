@@ -68,6 +68,9 @@ def test_a_checkpoint_moves_from_8_devices_to_4_and_to_1(tmp_path, monkeypatch):
     moved = dataclasses.replace(one, output_dir=str(tmp_path / "moved"))
     for mesh, size, stop in ((MESH, 2, 2), ("fsdp=4", 2, 4), ("", 8, None)):
         config = dataclasses.replace(moved, mesh=mesh, per_device_train_batch_size=size, resume=mesh != MESH)
+        if config.resume:
+            with pytest.raises(ValueError, match="resume must go on with rows_per_step=8 of the saved run, got"):
+                sft.run(dataclasses.replace(config, per_device_train_batch_size=3))
         with monkeypatch.context() as patch:
             if stop is not None:
                 press_ctrl_c_after(patch, step=stop)
@@ -94,6 +97,14 @@ def test_an_online_run_on_a_mesh_is_that_of_one_device(recipe, traceable, tmp_pa
     assert found["eval_reward"] == pytest.approx(figures["eval_reward"], abs=1e-6)
     samples = [json.loads(line) for line in (tmp_path / "mesh/samples.jsonl").read_text().splitlines()]
     assert samples == [json.loads(line) for line in (tmp_path / "one/samples.jsonl").read_text().splitlines()]
+
+
+def test_a_loss_that_cannot_be_split_is_not_evaluated_on_rows_that_fill_a_batch_up(tmp_path):
+    dataset = write_rows(tmp_path / "rows.jsonl", ROWS)
+    options = TINY | OFFLINE | {"mesh": "data=8", "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 1}
+    with pytest.raises(ValueError, match="mesh must be of 6 parts at most, as many as there are held-out rows"):
+        dpo.run(dpo.Config(**options, dataset=dataset, loss_type=("aot",)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_a_mesh_does_not_divide_are_refused(tmp_path):

@@ -214,6 +214,12 @@ def test_wrong_meshes_are_refused(text, message):
         parse_mesh(text)
 
 
+def test_several_processes_need_a_mesh(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="mesh must be given to 2 processes, such as data=8"):
+        parse_mesh("")
+
+
 def test_rows_that_do_not_divide_are_refused():
     with pytest.raises(ValueError, match="mesh divides a batch into 4 parts, which do not divide its 6 rows"):
         local_rows(6, make_mesh(2, 2))
