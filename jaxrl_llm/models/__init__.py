@@ -21,6 +21,7 @@ from jaxrl_llm.models.lora import init_lora as init_lora
 from jaxrl_llm.models.lora import join_trainable as join_trainable
 from jaxrl_llm.models.lora import merge_lora as merge_lora
 from jaxrl_llm.models.lora import split_trainable as split_trainable
+from jaxrl_llm.models.lora import unmerge_lora as unmerge_lora
 from jaxrl_llm.models.peft import load_adapters as load_adapters
 from jaxrl_llm.models.peft import save_adapters as save_adapters
 from jaxrl_llm.models.pretrained import from_pretrained as from_pretrained

@@ -292,6 +292,29 @@ def merge_lora(params: Params) -> Params:
     return traverse_util.unflatten_dict({path: dequantize(leaf) for path, leaf in merged.items()}, sep="/")
 
 
+def unmerge_lora(params: Params, lora: Params, config: LoraConfig) -> Adapted:
+    """Takes adapters out of the kernels that they were merged into, W − s · A B, for a model whose base is lost.
+
+    Args:
+        params: What `merge_lora` made.
+        lora: The adapters that are in it. Leaves that were trained whole (biases, a new head) stay as they are.
+        config: What they are.
+
+    Returns:
+        The same model as `Adapted` parameters, up to rounding.
+
+    Raises:
+        ValueError: With DoRA, which forgets how long the columns of the base were.
+    """
+    if config.use_dora:
+        raise ValueError(
+            "use_dora must be False: a magnitude replaces the norms of the base, which cannot be found again."
+        )
+    less = {path: -leaf if path.endswith("/b") else leaf for path, leaf in flat_leaves(lora).items()}
+    base = merge_lora(Adapted(params, traverse_util.unflatten_dict(less, sep="/"), config))
+    return Adapted(base, lora, config)
+
+
 def split_trainable(params: Params) -> tuple[Params, Adapted | None]:
     """Splits parameters into what is trained and what is not: (adapters, the base with adapters off).
 

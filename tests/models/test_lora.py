@@ -24,7 +24,9 @@ from jaxrl_llm.models import (
     merge_lora,
     scalar_head_params,
     split_trainable,
+    unmerge_lora,
 )
+from jaxrl_llm.models.trees import flat_leaves
 from jaxrl_llm.rollouts import generate, score_completions
 from jaxrl_llm.training import init_train_state, make_train_step
 from tests.unchecked import unchecked
@@ -284,6 +286,25 @@ def test_the_scale_is_alpha_by_rank_or_by_its_root_and_one_name_or_a_list_will_d
     assert LoraConfig(r=4, lora_alpha=6).scale == 1.5
     assert LoraConfig(r=4, lora_alpha=6, use_rslora=True).scale == 3.0
     assert hash(LoraConfig(target_modules=["qkv"])) == hash(LoraConfig(target_modules="qkv"))
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_unmerging_finds_the_base_again(bias):
+    module, params = make("gpt2")
+    config = LoraConfig(r=2, target_modules="all-linear", bias=bias)
+    adapted = trained(adapt(jax.random.key(0), params, config))
+    again = unmerge_lora(merge_lora(adapted), adapted.lora, config)
+    assert again.lora is adapted.lora
+    for path, leaf in flat_leaves(params).items():
+        if path.endswith("kernel"):
+            np.testing.assert_allclose(flat_leaves(again.base)[path], leaf, atol=1e-6)
+    logits = [module.apply({"params": tree}, TOKENS)[0] for tree in (adapted, again)]
+    np.testing.assert_allclose(*logits, atol=1e-4)
+    off = [module.apply({"params": split_trainable(tree)[1]}, TOKENS)[0] for tree in (adapted, again)]
+    if bias == "none":
+        np.testing.assert_allclose(*off, atol=1e-4)
+    with pytest.raises(ValueError, match="use_dora must be False: a magnitude replaces the norms of the base"):
+        unmerge_lora(params, adapted.lora, dataclasses.replace(config, use_dora=True))
 
 
 def test_splitting_shares_the_base_and_plain_parameters_are_trained_whole():
