@@ -17,6 +17,9 @@ from jaxrl_llm.models.attention import LayerInputs, Rotation
 from jaxrl_llm.models.lora import Adapted, LoraModule
 from jaxrl_llm.types import ROW_AXES, Key, KVCache, Numeric, Params
 
+REMAT_POLICIES = {"nothing": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+"""What is kept for the backward pass where blocks are recomputed; by default their inputs alone."""
+
 
 @runtime_checkable  # so that the tests can check annotations
 class DecoderConfig(Protocol):
@@ -75,6 +78,11 @@ class DecoderConfig(Protocol):
     @property
     def remat(self) -> bool:
         """Whether to recompute each block in the backward pass."""
+        ...
+
+    @property
+    def remat_policy(self) -> str:
+        """What is kept all the same, one of `REMAT_POLICIES`."""
         ...
 
     def with_dropout(self, rate: float) -> "DecoderConfig":
@@ -267,7 +275,7 @@ def _empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
 def _stack(block: type[nn.Module], config: DecoderConfig, deterministic: bool) -> nn.Module:
     """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis."""
     scanned = nn.scan(
-        nn.remat(block, prevent_cse=False) if config.remat else block,
+        nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat_policy]) if config.remat else block,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]: flax takes a tuple too

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_llm.models.checkpoint import EMBEDDING, Layout
+from jaxrl_llm.models.checkpoint import EMBEDDING, RUN_SETTINGS, Layout
 from jaxrl_llm.models.gpt2_config import GPT2Config
 
 NAMES: dict[str, str] = {
@@ -40,10 +40,8 @@ LAYOUT = Layout(
     buffers=re.compile(r"h\.\d+\.attn\.(masked_)?bias"),  # causal masks
 )
 
-SETTINGS = tuple(
-    field.name for field in dataclasses.fields(GPT2Config) if field.name not in ("dtype", "remat", "attention")
-)
-"""The fields that config.json holds; the others say how to run a model, not what it is."""
+SETTINGS = tuple(field.name for field in dataclasses.fields(GPT2Config) if field.name not in RUN_SETTINGS)
+"""The fields that config.json holds."""
 
 ALIASES = {
     "hidden_size": "n_embd",

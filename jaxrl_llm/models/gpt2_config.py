@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
-from jaxrl_llm.models.attention import Implementation, check_implementation
+from jaxrl_llm.models.attention import Implementation, RematPolicy, check_implementation
 
 Size: TypeAlias = Literal["124M", "355M", "774M", "1.5B"]
 
@@ -43,6 +43,7 @@ class GPT2Config:
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
         remat: Whether to recompute each block in the backward pass instead of keeping its activations.
+        remat_policy: What `remat` keeps all the same: "nothing", or "dots", the results of matrix products with parameters.
         attention: "xla", "cudnn" (fused; needs an NVIDIA GPU, a 16-bit `dtype`, a head width that is a multiple of 8,
             and even lengths under a mask), or None for jax's own choice (today XLA). Passes with a cache, and those
             with attention dropout, never use cuDNN.
@@ -66,6 +67,7 @@ class GPT2Config:
     pad_token_id: int | None = None
     dtype: DTypeLike = "float32"
     remat: bool = False
+    remat_policy: RematPolicy = "nothing"
     attention: Implementation | None = None
 
     def __post_init__(self):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxrl_llm.models.checkpoint import EMBEDDING, Layout
+from jaxrl_llm.models.checkpoint import EMBEDDING, RUN_SETTINGS, Layout
 from jaxrl_llm.models.llama_config import LlamaConfig, RopeScaling
 
 LINEAR: dict[str, str] = {
@@ -42,9 +42,6 @@ LAYOUT = Layout(
     prefix="model.",
     buffers=re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
 )
-
-RUN_SETTINGS = ("dtype", "remat", "attention")
-"""How to run a model, not what it is: config.json does not hold these fields."""
 
 SETTINGS = tuple(
     field.name

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
-from jaxrl_llm.models.attention import Implementation, check_implementation
+from jaxrl_llm.models.attention import Implementation, RematPolicy, check_implementation
 
 ModelType: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -58,6 +58,7 @@ class LlamaConfig:
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
         remat: Whether to recompute each block in the backward pass instead of keeping its activations.
+        remat_policy: What `remat` keeps all the same: "nothing", or "dots", the results of matrix products with parameters.
         attention: As in `GPT2Config`.
     """
 
@@ -84,6 +85,7 @@ class LlamaConfig:
     pad_token_id: int | None = None
     dtype: DTypeLike = "float32"
     remat: bool = False
+    remat_policy: RematPolicy = "nothing"
     attention: Implementation | None = None
 
     def __post_init__(self):

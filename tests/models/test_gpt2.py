@@ -274,9 +274,10 @@ def test_hidden_states_times_the_head_are_the_logits():
         np.testing.assert_allclose(hidden @ head_kernel(params), logits, atol=1e-5, rtol=1e-5)
 
 
-def test_remat_changes_nothing_and_draws_the_same_dropout_again():
+@pytest.mark.parametrize("policy", ["nothing", "dots"])
+def test_remat_changes_nothing_and_draws_the_same_dropout_again(policy):
     tokens = random_tokens(2, 8)
-    (plain, params), (remat, _) = make(), make(remat=True)
+    (plain, params), (remat, _) = make(), make(remat=True, remat_policy=policy)
     logits, expected = gradient(plain, params, tokens, deterministic=False)
     again, found = gradient(remat, params, tokens, deterministic=False)
     np.testing.assert_allclose(again, logits, atol=1e-5, rtol=1e-5)

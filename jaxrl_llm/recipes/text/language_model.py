@@ -193,7 +193,12 @@ def outline_of_module(module: Decoder, tokenizer: Tokenizer, options: ModelOptio
 def _configured(module: Decoder, options: ModelOptions) -> Decoder:
     """Sets how the options want the model to compute."""
     config = module.config.with_dropout(options.dropout)
-    return module.clone(config=dataclasses.replace(config, dtype=jnp.dtype(options.dtype), remat=options.remat))
+    return module.clone(config=dataclasses.replace(config, **run_settings(options)))
+
+
+def run_settings(options: ModelOptions) -> dict[str, Any]:
+    """Lists the fields of a model's config that say how it is run."""
+    return {"dtype": jnp.dtype(options.dtype), "remat": options.remat, "remat_policy": options.remat_policy}
 
 
 def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:

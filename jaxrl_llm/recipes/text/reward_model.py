@@ -46,6 +46,7 @@ from jaxrl_llm.recipes.text.language_model import (
     load_model,
     place,
     require_room,
+    run_settings,
     with_adapters,
 )
 from jaxrl_llm.recipes.text.offline import report, run_keys, train_offline
@@ -152,8 +153,7 @@ def _load_reward_model(options: ModelOptions, key: Key) -> LanguageModel:
         config = dataclasses.replace(model.module.config, pad_token_id=model.pad_id)
         module = ScalarHead(model.module.clone(config=config))
         return model._replace(module=module, params=scalar_head_params(head_key, model.params))
-    settings = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
-    module, params, tokenizer = from_pretrained_reward_model(options.model, **settings)
+    module, params, tokenizer = from_pretrained_reward_model(options.model, **run_settings(options))
     if tokenizer is None:
         raise ValueError(f"model={options.model!r} holds no tokenizer files; save them into the same folder.")
     config = module.backbone.config.with_dropout(options.dropout)
