@@ -81,7 +81,7 @@ def training_loop(
             if isinstance(leaf, jax.Array) and not leaf.is_deleted():
                 leaf.delete()
         state = restored.state
-    elif not config.overwrite:
+    elif not (config.overwrite or config.resume):
         require_free(folder)  # in all processes, so that none waits for another that was refused
     wait_for_processes("start of training")
     done = saved = start or 0

@@ -112,7 +112,8 @@ def test_a_run_lowers_the_loss_and_leaves_everything_behind(tuned):
     assert_complete_folder(config.output_dir, steps=[80, 100])
     saved = json.loads(Path(config.output_dir, "config.json").read_text())
     settings = json.loads(json.dumps(dataclasses.asdict(config)))  # a tuple is a list there
-    assert saved == {k: v for k, v in settings.items() if k not in ("resume", "overwrite")}
+    settings = {k: v for k, v in settings.items() if k not in ("resume", "overwrite")}
+    assert saved == settings | {"rows_per_step": config.per_device_train_batch_size}
 
 
 def test_metrics_have_the_names_of_trl(tuned):
