@@ -47,10 +47,10 @@ def assert_same_curves(left, right):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [sft, dpo])
-def test_an_offline_run_on_a_mesh_is_that_of_one_device(recipe, tmp_path):
+@pytest.mark.parametrize(("recipe", "grouped"), [(sft, False), (sft, True), (dpo, False)])
+def test_an_offline_run_on_a_mesh_is_that_of_one_device(recipe, grouped, tmp_path):
     dataset = write_rows(tmp_path / "rows.jsonl", ROWS)
-    options = TINY | OFFLINE | ({"warmup_steps": 0} if recipe is sft else {})
+    options = TINY | OFFLINE | {"group_by_length": grouped} | ({"warmup_steps": 0} if recipe is sft else {})
     one = recipe.Config(**options, dataset=dataset, output_dir=str(tmp_path / "one"), per_device_train_batch_size=8)
     four = dataclasses.replace(one, mesh=MESH, output_dir=str(tmp_path / "mesh"), per_device_train_batch_size=2)
     figures, found = recipe.run(one), recipe.run(four)
