@@ -48,6 +48,7 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (f"blocks/{_NARROWING}/kernel(/codes|/scales)?", PartitionSpec(None, "tensor", "fsdp")),
     (f"blocks/{_NARROWING}/a", PartitionSpec(None, "tensor", None)),
     (f"blocks/{_NARROWING}/b", PartitionSpec(None, None, "fsdp")),
+    (r"hidden_\d+/kernel", PartitionSpec(None, "fsdp", "tensor")),  # of control: runs come first
 )
 """End of a parameter's path -> how it is divided; all else (norms, small biases, scalars) is on every device."""
 

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec as P
 
 from jaxrl_llm import cli
 from jaxrl_llm.recipes.control import dqn, play, ppo, reinforce, trpo
+from jaxrl_llm.training.parallel import make_mesh, partition_spec
 from tests.recipes import probes  # noqa: F401
 
 DOWNLOADS = ("MNISTBandit-bsuite",)
@@ -103,15 +105,31 @@ def test_the_runs_of_a_sweep_are_divided_over_devices(swept, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalize", [[], ["--normalize-observations", "--normalize-rewards"]])
-def test_the_environments_of_a_run_are_divided_over_devices_and_a_checkpoint_moves_between_them(tmp_path, normalize):
-    words = [*SWEEP.split(), "--eval-episodes", "3", "--updates-per-step", "1", "--save-steps", "1", *normalize]
-    for devices in (1, 2):
-        cli.main([*words, "--output-dir", str(tmp_path / f"on_{devices}"), "--mesh", f"data={devices}"])
-    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
-    shutil.rmtree(tmp_path / "on_2/checkpoints/2")
-    cli.main([*words, "--output-dir", str(tmp_path / "on_2"), "--mesh", "", "--resume"])
-    chex.assert_trees_all_close(last_metrics(tmp_path / "on_2"), last_metrics(tmp_path / "on_1"), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [
+        ("data=2", []),
+        ("data=2", ["--normalize-observations", "--normalize-rewards"]),
+        ("fsdp=4", []),
+        ("tensor=2", []),
+        ("data=2,fsdp=2,tensor=2", []),
+    ],
+)
+def test_a_run_is_divided_over_devices_and_a_checkpoint_moves_between_them(tmp_path, mesh, options):
+    command = SWEEP.replace("envs 2", "envs 4").replace("timesteps 64", "timesteps 128")
+    words = [*command.split(), "--eval-episodes", "3", "--updates-per-step", "1", "--save-steps", "1", *options]
+    for name, devices in (("one", ""), ("mesh", mesh)):
+        cli.main([*words, "--output-dir", str(tmp_path / name), "--mesh", devices])
+    chex.assert_trees_all_close(last_metrics(tmp_path / "mesh"), last_metrics(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+    shutil.rmtree(tmp_path / "mesh/checkpoints/2")
+    cli.main([*words, "--output-dir", str(tmp_path / "mesh"), "--mesh", "", "--resume"])
+    chex.assert_trees_all_close(last_metrics(tmp_path / "mesh"), last_metrics(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+
+
+def test_networks_of_control_are_divided_too():
+    mesh = make_mesh(fsdp=2, tensor=2)
+    assert partition_spec("train/opt_state/2/mu/policy/hidden_0/kernel", (1, 4, 64), mesh) == P(None, "fsdp", "tensor")
+    assert partition_spec("train/params/value/output/kernel", (1, 64, 1), mesh) == P()
 
 
 @pytest.mark.parametrize(
@@ -119,7 +137,6 @@ def test_the_environments_of_a_run_are_divided_over_devices_and_a_checkpoint_mov
     [
         (ppo, {"mesh": "data=99"}, "mesh data=99,fsdp=1,tensor=1 has 99 devices, and there are 8"),
         (ppo, {"mesh": "data=3"}, "mesh must be of a number that divides the runs, 1, or of num_envs=4, got 'data=3'"),
-        (ppo, {"mesh": "tensor=2"}, "mesh must be without tensor: these networks are small, got 'tensor=2'"),
         (
             reinforce,
             {"mesh": "data=2", "num_seeds": 3},

@@ -29,7 +29,7 @@ from jaxrl_llm.recipes.progress import facts, table
 from jaxrl_llm.recipes.report import plot_metrics
 from jaxrl_llm.rollouts.environment import evaluate, mean_over_episodes
 from jaxrl_llm.training.logging import read_metrics
-from jaxrl_llm.training.parallel import num_shards, parse_mesh
+from jaxrl_llm.training.parallel import num_shards, parse_mesh, shard
 from jaxrl_llm.types import ROW_AXES, Key, Metrics
 
 
@@ -116,24 +116,23 @@ def run_control(config: RunConfig, algorithm: Algorithm) -> dict[str, Any]:
 def place(states: RunnerState, config: RunConfig) -> RunnerState:
     """Divides the states of all runs over the devices of a mesh; the compiled program follows where they lie.
 
-    Each device has whole runs, if they divide evenly: then nothing is exchanged. Else each has a share of the environments
-    of every run, and the rest is on all.
+    Each device has whole runs, if they divide evenly: then nothing is exchanged. Else `data` and `fsdp` divide the
+    environments of every run, and `fsdp` and `tensor` its networks.
 
     Raises:
-        ValueError: If neither divides, there are not so many devices, or the mesh would divide the networks.
+        ValueError: If neither divides, or there are not so many devices.
     """
     mesh, runs = parse_mesh(config.mesh), states.update.shape[0]
     if mesh is None:
         return states
     number = num_shards(mesh)
-    require("mesh", config.mesh, "without tensor: these networks are small", lambda _: mesh.shape["tensor"] == 1)
-    if runs % number == 0:
+    if number > 1 and runs % number == 0:
         return jax.device_put(states, NamedSharding(mesh, PartitionSpec(ROW_AXES)))
     environments = 0 if states.environments is None else config.num_envs
     meant = f"of a number that divides the runs, {runs}" + (f", or of num_envs={environments}" if environments else "")
-    require("mesh", config.mesh, meant, lambda _: environments > 0 and environments % number == 0)
+    require("mesh", config.mesh, meant, lambda _: number == 1 or (environments > 0 and environments % number == 0))
     by_environment = NamedSharding(mesh, PartitionSpec(None, ROW_AXES))
-    rest = jax.device_put(states._replace(environments=None), NamedSharding(mesh, PartitionSpec()))
+    rest = shard(states._replace(environments=None), mesh)
     return rest._replace(environments=jax.device_put(states.environments, by_environment))
 
 
