@@ -3,7 +3,7 @@
     python -m benchmarks.memory                       # GPT-2 124M, and a Llama of 7B parameters
 
 The programs are the recipes' own, compiled from shapes for this machine's backend, on a CPU without the float32 copy of frozen
-bfloat16 kernels that it alone needs (`outlines.CPU_PLAN`; with it a step of LoRA takes 41 GB for 7B). Settings are the recipes'
+bfloat16 kernels that it alone needs (`outlines.CPU_PLAN`). Settings are the recipes'
 defaults: GRPO without a reference, PPO with one and, training all parameters, with a value network of its own.
 Beside them stand the bytes of weights, optimizer and gradients by arithmetic, and what the tutorial claims.
 """

@@ -14,8 +14,6 @@ from jaxtyping import Array, Bool, DTypeLike, Float, Int, Shaped
 from jaxrl_llm.types import Key, KVCache
 
 Implementation: TypeAlias = Literal["xla", "cudnn"]
-RematPolicy: TypeAlias = Literal["nothing", "dots"]
-"""What a recomputed block keeps: its inputs alone, or the results of matrix products with parameters too."""
 
 LayerCache: TypeAlias = tuple[Array, Array]
 """Keys and values of all layers, each [layers, batch, slots, kv_heads, head_dim]: the scan over layers carries them."""

@@ -5,7 +5,7 @@ here, once, so that nothing outside this package need know which architecture it
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,12 @@ from jaxrl_llm.models.attention import LayerInputs, Rotation
 from jaxrl_llm.models.lora import Adapted, LoraModule
 from jaxrl_llm.types import ROW_AXES, Key, KVCache, Numeric, Params
 
-REMAT_POLICIES = {"nothing": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-"""What is kept for the backward pass where blocks are recomputed; by default their inputs alone."""
+RematPolicy: TypeAlias = Literal["nothing", "dots"]
+REMAT_POLICIES: dict[RematPolicy, Any] = {
+    "nothing": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+"""What a recomputed block keeps: its inputs alone, or the results of matrix products with parameters too."""
 
 
 @runtime_checkable  # so that the tests can check annotations
@@ -81,7 +85,7 @@ class DecoderConfig(Protocol):
         ...
 
     @property
-    def remat_policy(self) -> str:
+    def remat_policy(self) -> RematPolicy:
         """What is kept all the same, one of `REMAT_POLICIES`."""
         ...
 
@@ -274,6 +278,8 @@ def _empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
 
 def _stack(block: type[nn.Module], config: DecoderConfig, deterministic: bool) -> nn.Module:
     """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis."""
+    if config.remat_policy not in REMAT_POLICIES:
+        raise ValueError(f"remat_policy must be one of {tuple(REMAT_POLICIES)}, got {config.remat_policy!r}.")
     scanned = nn.scan(
         nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat_policy]) if config.remat else block,
         variable_axes={"params": 0, "lora": 0},

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
-from jaxrl_llm.models.attention import Implementation, RematPolicy, check_implementation
+from jaxrl_llm.models.attention import Implementation, check_implementation
+from jaxrl_llm.models.decoder import RematPolicy
 
 Size: TypeAlias = Literal["124M", "355M", "774M", "1.5B"]
 

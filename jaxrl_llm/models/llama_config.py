@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
-from jaxrl_llm.models.attention import Implementation, RematPolicy, check_implementation
+from jaxrl_llm.models.attention import Implementation, check_implementation
+from jaxrl_llm.models.decoder import RematPolicy
 
 ModelType: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3"]
 

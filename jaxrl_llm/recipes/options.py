@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import optax
 
 from jaxrl_llm.models import LoraConfig
-from jaxrl_llm.models.attention import RematPolicy
+from jaxrl_llm.models.decoder import RematPolicy
 from jaxrl_llm.models.quantization import QuantType
 from jaxrl_llm.optimizers import make_optimizer, make_schedule
 from jaxrl_llm.optimizers.first_order import WITHOUT_MOMENTUM, OptimizerName, ScheduleName, StateType

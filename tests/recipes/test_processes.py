@@ -12,12 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.runs import TINY, assert_close_weights, curve, words, write_rows
+from tests.recipes.test_mesh import ROWS
 
-ROWS = [
-    {"prompt": f"{a}+{b}=", "completion": "7" * (1 + b % 2), "chosen": "7" * (1 + b % 2), "rejected": "3" * (1 + a)}
-    for a in range(4)
-    for b in range(6)
-]
 SETTINGS = {
     "eval_fraction": 0.25,
     "optim": "sgd",

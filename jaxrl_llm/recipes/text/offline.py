@@ -258,8 +258,8 @@ def make_evaluation(task: Task, held_out: Any) -> Callable[[Params, Params | Non
         if task.weights_fn is None:
             return jax.tree.map(jnp.mean, jax.lax.map(one, held_out))
         shape = held_out.real.shape
-        whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held_out)
-        weights = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), task.weights_fn(whole, None))
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), held_out)
+        weights = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), task.weights_fn(rows, None))
         return combine_metrics(jax.lax.map(one, held_out._replace(weights=weights)))
 
     def named(params: Params, ref_params: Params | None) -> dict[str, Any]:

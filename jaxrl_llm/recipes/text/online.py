@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from jaxrl_llm.data import batch_indices, prompt_example, split_indices
@@ -161,9 +162,8 @@ def run_online(
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         if isinstance(parts.rewards, TracedRewards):
             parts = parts._replace(rewards=parts.rewards._replace(reward=shard(parts.rewards.reward, mesh)))
-        return _train(
-            config, parts, make_method, optimizer, (train_key, eval_key, start_key), needs_reference, schedule
-        )
+        keys = train_key, eval_key, start_key
+        return _train(config, parts, make_method, optimizer, keys, needs_reference, schedule, mesh)
 
 
 def _train(
@@ -174,10 +174,10 @@ def _train(
     keys: tuple[Key, Key, Key],
     needs_reference: bool,
     schedule: optax.Schedule | None,
+    mesh: Mesh | None,
 ) -> dict[str, Any]:
     model, train = parts.model, parts.train
     train_key, eval_key, start_key = keys
-    mesh = parse_mesh(config.mesh)
     method = make_method(model, config)
     facts(
         f"{method.label.upper()} on {config.dataset}",
@@ -194,7 +194,7 @@ def _train(
     if needs_reference:
         ref_params = jax.tree.map(jnp.copy, trained) if frozen is None else {}
     start = RunState(shard(start_state(method, method.start(start_key, trained), optimizer), mesh))
-    iterate = compile_iteration(parts, method, optimizer, config, start.online)
+    iterate = compile_iteration(parts, method, optimizer, config, start.online, mesh)
     held_out_reward = make_evaluation(parts, method, config)
     last: dict[str, Rollout] = {}
 
@@ -283,13 +283,13 @@ def compile_iteration(
     optimizer: optax.GradientTransformation,
     config: OnlineOptions,
     start: OnlineState,
+    mesh: Mesh | None,
 ) -> Callable[..., tuple[OnlineState, dict[str, Any], Rollout]]:
     """Makes `iterate(state, indices, key, ref_params, frozen)`: one program, or two with the rewards between them.
 
     On a mesh the state stays where `start` has it. Every process computes all rewards, and keeps those of its rows.
     """
     model, rewards, train = parts.model, parts.rewards, parts.train
-    mesh = parse_mesh(config.mesh)
     where = None if mesh is None else shardings(start, mesh)
     mine = local_rows(config.num_prompts, mesh)
     for rows in (config.num_rows // config.scoring_parts, config.rollout_batch_size or config.num_prompts):
