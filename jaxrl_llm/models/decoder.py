@@ -193,8 +193,9 @@ class Decoder(LoraModule):
             cache = cache._replace(keys=layer_cache[0], values=layer_cache[1])
         if output == "hidden":
             return hidden, cache
-        kernel = token_embedding.embedding.T if config.tie_word_embeddings else Head(config, name="lm_head")()
-        dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+        if config.tie_word_embeddings:
+            return _unembed(hidden, token_embedding.embedding), cache
+        kernel, dtype = Head(config, name="lm_head")(), jnp.promote_types(hidden.dtype, jnp.float32)
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype), cache
 
     def place(
@@ -219,6 +220,28 @@ def head_kernel(params: Params) -> Float[Array, "hidden vocab"]:
     if "lm_head" in params:
         return params["lm_head"]["kernel"]
     return params["token_embedding"]["embedding"].T
+
+
+def _unembed(
+    hidden: Float[Array, "batch time hidden"], embedding: Float[Array, "vocab hidden"]
+) -> Float[Array, "batch time vocab"]:
+    """Computes hidden states times the transposed embedding, with sums in at least float32.
+
+    On a CPU as the transpose of embedding times hidden states: in the plain order, XLA packs the whole embedding anew for
+    each product. The barrier keeps it from turning one into the other.
+    """
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+
+    def plain(hidden: Array, embedding: Array) -> Array:
+        return jnp.matmul(hidden, embedding.T, preferred_element_type=dtype)
+
+    def vocabulary_first(hidden: Array, embedding: Array) -> Array:
+        axes = (((1,), (hidden.ndim - 1,)), ((), ()))
+        logits = jax.lax.dot_general(embedding, hidden, axes, preferred_element_type=dtype)
+        return jnp.moveaxis(jax.lax.optimization_barrier(logits), 0, -1)
+
+    arrays = hidden, embedding.astype(hidden.dtype)
+    return jax.lax.platform_dependent(*arrays, cpu=vocabulary_first, default=plain)
 
 
 def spread_rows(hidden: Float[Array, "batch time hidden"]) -> Float[Array, "batch time hidden"]:

@@ -8,7 +8,6 @@ A policy is a function `policy(params, observation, key) -> (action, log_prob)` 
 in, so nothing here knows a model.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -17,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxrl_llm.distributions import make_distribution
+from jaxrl_llm.keys import fast
 from jaxrl_llm.rollouts.spaces import clip_action
 from jaxrl_llm.types import Key, Metrics, Params
 
@@ -157,7 +157,9 @@ def rollout(
     # All keys are split at once, which is faster, and enter the loop as plain numbers: jax's check for reused keys takes
     # the keys of a scan under vmap for used ones.
     keys = jax.random.split(action_key, num_steps), jax.random.split(environment_key, (num_steps, num_envs))
-    wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(key))
+
+    def wrap(data: Array) -> Key:
+        return fast(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)))
 
     def step(now: EnvironmentState, key_data: tuple[Array, Array]) -> tuple[EnvironmentState, Transition]:
         action, log_prob = policy(params, now.observation, wrap(key_data[0]))

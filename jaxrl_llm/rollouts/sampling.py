@@ -4,7 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.types import Mask, Numeric
+from jaxrl_llm.types import Key, Mask, Numeric
+
+SAMPLING_BLOCK = 256
+"""Tokens of a block in `sample_tokens`."""
 
 
 def is_off(value: Numeric, neutral: float) -> bool:
@@ -61,6 +64,41 @@ def filter_logits(
         lowest = logits.max(-1, keepdims=True) + jnp.log(min_p)
         logits = jnp.where(logits < lowest, -jnp.inf, logits)
     return logits
+
+
+def sample_tokens(keys: Key, logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """Draws a token of each row from softmax(logits), with one key a row.
+
+    The inverse of the distribution function, in two steps: a block of tokens by its probability, then a token of the block.
+    That takes two random numbers a row, where the Gumbel trick of `jax.random.categorical` takes one for each token of the
+    vocabulary. A token of logit -inf is never drawn.
+
+    Args:
+        keys: One for each row; they are consumed.
+        logits: Unnormalised log-probabilities, at least one of each row above -inf.
+    """
+    rows, vocab = logits.shape
+    weights = jnp.exp(logits - logits.max(-1, keepdims=True))
+    blocks = -(-vocab // SAMPLING_BLOCK)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * SAMPLING_BLOCK - vocab))).reshape(rows, blocks, SAMPLING_BLOCK)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,), logits.dtype))(keys)
+    block = _draw(weights.sum(-1), uniform[:, 0])
+    within = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
+    return block * SAMPLING_BLOCK + _draw(within, uniform[:, 1])
+
+
+def _draw(weights: Float[Array, "rows entries"], uniform: Float[Array, " rows"]) -> Int[Array, " rows"]:
+    """Inverts the distribution function of weights at a number in [0, 1)."""
+    upto = jnp.cumsum(weights, axis=-1)
+    total = upto[:, -1:]
+    drawn = jnp.sum(upto <= uniform[:, None] * total, axis=-1)
+    return jnp.minimum(drawn, jnp.sum(upto < total, axis=-1))  # rounding must not lead behind the last positive weight
+
+
+def most_likely_tokens(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """Finds the first of the largest logits of each row; on a CPU several times as fast as `jnp.argmax`."""
+    vocab = logits.shape[-1]
+    return jnp.min(jnp.where(logits == logits.max(-1, keepdims=True), jnp.arange(vocab), vocab - 1), axis=-1)
 
 
 def left_pad(ids: Int[Array, "batch time"], mask: Mask) -> tuple[Int[Array, "batch time"], Bool[Array, "batch time"]]:

@@ -7,8 +7,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxrl_llm.keys import fast
 from jaxrl_llm.log_probs import token_log_probs
-from jaxrl_llm.rollouts.sampling import filter_logits, is_off, left_pad, penalize_repetition
+from jaxrl_llm.rollouts.sampling import (
+    filter_logits,
+    is_off,
+    left_pad,
+    most_likely_tokens,
+    penalize_repetition,
+    sample_tokens,
+)
 from jaxrl_llm.rollouts.scoring import Apply
 from jaxrl_llm.types import Key, KVCache, Mask, Numeric, Params
 
@@ -93,7 +101,7 @@ def generate(
         cache = _prefill(apply, params, prompt_ids, prompt_real, max_new_tokens)
     cache, prompt_ids, prompt_real = _repeat(cache, prompt_ids, prompt_real, num_generations)
     rows = prompt_ids.shape[0]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(fast(key), first_row + jnp.arange(rows))
     eos_ids = jnp.asarray([] if eos_id is None else eos_id, jnp.int32).reshape(-1)
     greedy = jnp.asarray(temperature) == 0
     scale = jnp.where(greedy, 1, temperature)
@@ -106,8 +114,7 @@ def generate(
             logits = penalize_repetition(logits, history, history_mask, repetition_penalty)
         allowed = filter_logits(logits / scale, top_k=top_k, top_p=top_p, min_p=min_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, decoding.step)
-        sampled = jax.vmap(jax.random.categorical)(keys, allowed)
-        token = jnp.where(greedy, jnp.argmax(logits, axis=-1), sampled).astype(jnp.int32)
+        token = jnp.where(greedy, most_likely_tokens(logits), sample_tokens(keys, allowed)).astype(jnp.int32)
         return token, jnp.where(greedy, 0, token_log_probs(allowed, token))
 
     def body(decoding: _Decoding) -> _Decoding:

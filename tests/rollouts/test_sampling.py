@@ -8,13 +8,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
-from jaxrl_llm.rollouts.sampling import filter_logits, is_off, left_pad, penalize_repetition
+from jaxrl_llm.rollouts import sampling
+from jaxrl_llm.rollouts.sampling import (
+    filter_logits,
+    is_off,
+    left_pad,
+    most_likely_tokens,
+    penalize_repetition,
+    sample_tokens,
+)
 
 PROBS = [0.2, 0.4, 0.1, 0.3]
 
 filter_traced = jax.jit(filter_logits, static_argnames="top_k")
 penalize = jax.jit(penalize_repetition)
+draw = jax.jit(sample_tokens)
 
 
 def log(*rows):
@@ -165,3 +175,42 @@ def test_left_padding_moves_real_tokens_to_the_end_in_their_order(seed, share, d
     again = compiled_left_pad()(moved, real)
     np.testing.assert_array_equal(again[0], moved)
     np.testing.assert_array_equal(again[1], real)
+
+
+@pytest.mark.parametrize("vocab", [3, 256, 257, 1000])
+def test_tokens_are_drawn_as_often_as_they_are_likely(vocab):
+    probs = np.random.default_rng(vocab).dirichlet(np.full(vocab, 0.3))
+    draws = 20_000
+    keys = jax.random.split(jax.random.key(vocab), draws)
+    tokens = np.asarray(draw(keys, jnp.broadcast_to(jnp.log(probs), (draws, vocab))))
+    assert tokens.min() >= 0
+    assert tokens.max() < vocab
+    expected = probs * draws
+    common = expected >= 5
+    counts = np.bincount(tokens, minlength=vocab)
+    square = ((counts - expected) ** 2 / expected)[common].sum()
+    rest = (counts[~common].sum() - expected[~common].sum()) ** 2 / max(expected[~common].sum(), 1)
+    assert square + rest < stats.chi2.ppf(0.9999, common.sum())
+
+
+@pytest.mark.parametrize("allowed", [[0], [255], [256], [511, 512], [999], [3, 700]])
+def test_a_token_that_may_not_be_sampled_never_is(allowed):
+    logits = np.full((5000, 1000), -np.inf, np.float32)
+    logits[:, allowed] = np.linspace(-90, -89, len(allowed))
+    tokens = np.asarray(draw(jax.random.split(jax.random.key(1), 5000), jnp.asarray(logits)))
+    assert set(tokens.tolist()) == set(allowed)
+
+
+def test_the_largest_random_number_draws_the_last_possible_token():
+    weights = jnp.array([[0.1, 0.2, 0.7, 0.0], [0.0, 1e-9, 0.0, 0.0], [3.0, 1e-8, 0.0, 1e-30]], jnp.float32)
+    below_one = jnp.full(3, np.nextafter(np.float32(1), np.float32(0)))
+    drawn = np.asarray(sampling._draw(weights, below_one))
+    assert drawn[0] == 2
+    assert drawn[1] == 1
+    assert weights[2, drawn[2]] > 0
+    np.testing.assert_array_equal(sampling._draw(weights, jnp.zeros(3)), [0, 1, 0])
+
+
+def test_the_most_likely_token_is_the_first_of_equals():
+    logits = jnp.array([[1.0, 5.0, 5.0], [-jnp.inf, -jnp.inf, -2.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_array_equal(most_likely_tokens(logits), jnp.argmax(logits, axis=-1))
