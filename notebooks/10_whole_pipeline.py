@@ -298,11 +298,11 @@ plt.show()
 # %% [markdown]
 # - Pretraining gave the sums, and no answers: the model writes on and never ends, so its score is nought.
 # - SFT gave the form. The score is that of a careless copyist, for the book is what it knows.
-# - GRPO did what it was told: the reward model's grade rises by a whole point. The true score does not follow. The
-#   reward model orders four of five pairs rightly, and GRPO finds the answers on which it errs. This is reward
-#   hacking (奖励作弊), and the reason why pipelines hold the KL, stop early, and measure something that nothing was
-#   trained on.
-# - DPO, from the same pairs, stays closer to the SFT model, gains less grade, and loses nothing.
+# - GRPO did what it was told: the reward model's grade rises by about a point. The true score does not follow. The
+#   reward model orders four of five pairs rightly, and the grade is won on the answers about which it errs. This is
+#   reward hacking (奖励作弊), and the reason why pipelines hold the KL, stop early, and measure something that nothing
+#   was trained on.
+# - DPO, from the same pairs, stays closer to the SFT model and gains less grade; its true score is about that of SFT.
 #
 # Where right and wrong can be checked, give GRPO the check itself. With the rule as its reward GRPO takes a model on sums
 # with plus and minus from 0.543 to 0.824 of held-out sums (mean of 5 seeds, `python -m benchmarks.online_methods
