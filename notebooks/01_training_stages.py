@@ -21,7 +21,7 @@
 # stop. In reinforcement learning from human feedback (RLHF, 基于人类反馈的强化学习) it answers by itself, a reader says
 # which answers are liked, and it learns to please the reader.
 #
-# Here a GPT-2 of 130,000 parameters goes through all three, on real English: WordNet's definitions of 5,000 words. After
+# Here a GPT-2 of 136,960 parameters goes through all three, on real English: WordNet's definitions of 5,000 words. After
 # each stage we measure three things, one for each stage, and look at what the model writes.
 
 # %%
