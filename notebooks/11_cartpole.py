@@ -243,7 +243,7 @@ plt.show()
 # The clone begins where the run from scratch needs several updates to come. Then it stands still for a while. Its critic has
 # never been taught, and until that knows what a state is worth, its advantages are mostly noise; this is the likely reason.
 # After that it is faster, and all three seeds are at 500 before any run from scratch is. Imitation gave the start, practice
-# gave the rest.
+# gave the rest. (All three pupils had the same teacher and the same lesson; with another lesson the start is another.)
 #
 # With ten seeds the guide's network from scratch ends at a sampled return of 499.3 after 200,000 steps
 # (`python -m benchmarks.control ppo_guide_shared`).
