@@ -54,7 +54,7 @@ from jaxrl_llm.recipes.text.language_model import SUMS_TOKENIZER
 from jaxrl_llm.recipes.text.online import load_parts
 from jaxrl_llm.training import init_train_state, make_train_step
 
-plt.rcParams |= {"figure.dpi": 68, "axes.grid": True, "grid.alpha": 0.3}
+plt.rcParams |= {"figure.dpi": 72, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
 
 # %% [markdown]
 # ## 1 · The advantage, by hand
@@ -193,7 +193,7 @@ def pull(log_ratio, name):
 
 
 pulls = {name: jax.vmap(partial(pull, name=name))(jnp.log(ratios)) for name in shapes}
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
 places = np.arange(len(weights))
 left.bar(places - 0.2, [w[0] for w in weights.values()], 0.4, label="in the answer of 2 tokens")
 left.bar(places + 0.2, [w[1] for w in weights.values()], 0.4, label="in the answer of 8 tokens")
@@ -227,7 +227,7 @@ loudness = {}
 for scale in ("group", "none"):
     advantages = jax.vmap(partial(group_relative_advantages, group_size=8, scale_rewards=scale))(cases)
     loudness[scale] = np.abs(advantages).sum(1)
-plt.figure(figsize=(5.5, 3))
+plt.figure(figsize=(4.5, 2.6))
 for scale, total in loudness.items():
     plt.plot(right_answers, total, "o-", label=f'scale_rewards="{scale}"')
 plt.xlabel("right answers in a group of 8")
@@ -328,7 +328,7 @@ after, curves = jax.jit(jax.vmap(train))(jax.vmap(jax.random.key)(jnp.arange(3))
 print(f"held-out sums right, greedy: {before:.3f} -> {np.round(after, 3)} (three seeds)")
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2))
+figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 2.8))
 x = np.arange(1, config.max_steps + 1)
 smooth = np.stack([np.convolve(reward, np.ones(5) / 5, "valid") for reward in curves["reward"]])
 for seed, reward in enumerate(smooth):
