@@ -93,10 +93,10 @@ plt.tight_layout()
 plt.show()
 
 # %% [markdown]
-# The first four cannot be told apart: their intervals overlap. TRPO is a little behind and went three times as far
-# from the start. So where answers are short and one reward comes at the end, take the method without a critic
-# (评论家) that is simplest to run. PPO made four updates an iteration here and trains a second network: three times
-# the time for the same result.
+# The first four cannot be told apart: their intervals overlap. TRPO's mean is a little lower, its seeds differ more,
+# and it went three times as far from the start. So where answers are short and one reward comes at the end, take the
+# method without a critic (评论家) that is simplest to run. PPO made four updates an iteration here and trains a
+# second network: three times the time for the same result.
 #
 # The step size mattered more than the method. With a tenfold learning rate GRPO's tuning run fell from 0.805 to 0.697
 # (`python -m benchmarks.online_methods tune --iterations 100`).
@@ -199,9 +199,9 @@ for label, f in control.items():
 
 # %% [markdown]
 # All six solve it. In steps TRPO and PPO need fewest, in time A2C and PPO least. Methods that learn from whole
-# episodes alone (GRPO, REINFORCE) need more steps: one number for 500 decisions says little about which of them was
-# good. That is where a critic earns its memory, and a language model with one reward at the end of a short answer has
-# no such problem.
+# episodes alone (GRPO, REINFORCE) need more steps than PPO: one number for 500 decisions says little about which of
+# them was good. That is where a critic earns its memory, and a language model with one reward at the end of a short
+# answer has no such problem.
 #
 # ## 5 · Live: PPO, A2C and REINFORCE on CartPole
 #
@@ -267,7 +267,7 @@ plt.show()
 # | a rule that checks answers | GRPO or RLOO | equal to PPO at a third of the time (`online_methods compare`) |
 # | a reward model, and KL is dear | PPO | GRPO's reward at less than half the KL (`rlhf`) |
 # | little memory | LoRA with any of them | 3.4 GB instead of 6.1 (GRPO, `online_memory`) |
-# | an environment, few settings to tune | PPO | solved at 104k steps by 10 of 10 (`control ppo_cartpole_default`) |
+# | an environment | PPO | solved at 104k steps by 10 of 10 (`control ppo_cartpole_default`) |
 # | an environment, steps are dear | TRPO | solved at 98k, a ninth of the steps a second (`control trpo_cartpole`) |
 # | an environment, time is dear | A2C | 1.75 times PPO's steps a second (`control a2c_cartpole`) |
 # | no critic at all | GRPO | solves CartPole in 1.6 times PPO's steps (`control grpo_cartpole`) |
