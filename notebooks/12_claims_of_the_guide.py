@@ -254,9 +254,7 @@ plt.show()
 best_full, best_lora = rates[int(full.argmin())], rates[int(np.argmin(lora_losses[:, -1]))]
 print(f"best rate: all parameters {best_full:g} (loss {full.min():.2f}),", end=" ")
 print(f"LoRA {best_lora:g} (loss {np.min(lora_losses[:, -1]):.2f})")
-print(
-    "all parameters", full.round(2), "| LoRA", np.round(lora_losses[:, -1], 2), "| betas", np.round(of_betas, 2).ravel()
-)
+print("loss by rate: all parameters", full.round(2), "LoRA", np.round(lora_losses[:, -1], 2))
 
 # %% [markdown]
 # ### float16
