@@ -161,7 +161,7 @@ left.set(
     ylabel="sentiment of samples",
     title="From pairs or ratings, two std. errors",
 )
-left.legend(loc="lower right")
+left.legend(loc="lower center")
 for name in ("sft", "dpo", "ppo", "grpo"):
     f = pipeline[f"{name}/nothing"]
     right.plot(f["kl"], f["reward_gain"], "o", ms=9, label=name)
