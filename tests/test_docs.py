@@ -8,9 +8,11 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import tyro
 
 from jaxrl_llm.cli import COMMANDS
 
@@ -86,19 +88,34 @@ def test_every_function_of_the_algorithms_exists():
         assert callable(getattr(find(f"jaxrl_llm.{module}"), function)), name
 
 
+def parsed(command, words):
+    """The config of a command line; what it must have and the page leaves out is made up."""
+    module = importlib.import_module(COMMANDS[command][0])
+    default = tyro.MISSING_NONPROP
+    if "--preset" in words:
+        place = words.index("--preset")
+        default = module.PRESETS[words[place + 1]]
+        words = words[:place] + words[place + 2 :]
+    fields = [field for field in dataclasses.fields(module.Config) if field.default is dataclasses.MISSING]
+    needed = [f"--{field.name.replace('_', '-')}" for field in fields]
+    words = words + [word for option in needed if option not in words for word in (option, "any")]
+    return module, tyro.cli(module.Config, args=words, default=default)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_and_its_options_exist(page):
-    """Commands begin a line of a block, or stand between backticks; an option belongs to the command before it."""
-    for line in re.findall(r"(?:^|`)jaxrl-llm ([^`#\n]+)", page.read_text("utf-8"), re.MULTILINE):
-        words = line.split()
+def test_every_command_is_one_that_would_run(page):
+    """Commands begin a line of a block, or stand between backticks; options stand behind them."""
+    for line in re.findall(r"(?:^|`)jaxrl-llm ([a-z][^`#\n]+)", page.read_text("utf-8"), re.MULTILINE):
+        words = shlex.split(line)
         words = ["control", *words[1:]] if words[0] == "sweep" else words
-        if words[0].startswith(("-", "<")):
-            continue
-        name = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
-        assert name, f"there is no command {line!r}"
-        config = importlib.import_module(COMMANDS[name][0]).Config
-        options = {field.name.replace("_", "-") for field in dataclasses.fields(config)} | {"preset", "help"}
-        assert {word[2:] for word in words if word.startswith("--")} <= options, line
+        command = next((name for name in COMMANDS if words[: len(name.split())] == name.split()), None)
+        assert command, f"there is no command {line!r}"
+        try:
+            module, config = parsed(command, words[len(command.split()) :])
+        except (SystemExit, KeyError) as error:
+            raise AssertionError(f"jaxrl-llm {line}") from error
+        if hasattr(module, "validate"):
+            module.validate(config)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
