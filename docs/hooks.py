@@ -15,20 +15,16 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "README.zh-CN.md", "CHANGELOG.md", "benchmarks/LOG.md", "benchmarks/results/*.*")
+BESIDE = ("*.md", "benchmarks/**/*", "notebooks/**/*")
+ENDINGS = (".md", ".json", ".png", ".py", ".ipynb")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Lays the site out as the repository is: `docs/` where it is, and the files of `PAGES` beside it."""
-    placed = [file for file in files if file.generated_by]
-    for file in files.documentation_pages() + files.media_files() + files.css_files():
-        if file.abs_src_path and Path(file.abs_src_path).is_relative_to(config.docs_dir):
-            placed.append(_file(Path(file.abs_src_path), config))
-        else:
-            placed.append(file)
-    placed += [_file(path, config) for pattern in PAGES for path in sorted(ROOT.glob(pattern))]
-    return Files(placed)
+    """Lays the site out as the repository is: `docs/` where it is, and `BESIDE` it what pages show or link to."""
+    placed = [_placed(file, config) for file in files]
+    found = [path for pattern in BESIDE for path in sorted(ROOT.glob(pattern)) if path.suffix in ENDINGS]
+    return Files(placed + [_file(path, config) for path in found])
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -63,13 +59,15 @@ class Docstrings(griffe.Extension):
             attr.annotation = griffe.get_expression(node.annotation, attr.parent, parse_strings=False)
 
 
+def _placed(file: File, config: MkDocsConfig) -> File:
+    """The file at its place in the repository; those of the theme stay where they are."""
+    path = Path(file.abs_src_path or "/")
+    return _file(path, config) if path.is_relative_to(config.docs_dir) else file
+
+
 def _file(path: Path, config: MkDocsConfig) -> File:
-    return File(
-        path.relative_to(ROOT).as_posix(),
-        src_dir=str(ROOT),
-        dest_dir=config.site_dir,
-        use_directory_urls=config.use_directory_urls,
-    )
+    place, urls = path.relative_to(ROOT).as_posix(), config.use_directory_urls
+    return File(place, src_dir=str(ROOT), dest_dir=config.site_dir, use_directory_urls=urls)
 
 
 def _formula(found: re.Match[str]) -> str:
