@@ -169,8 +169,9 @@ def facts(title: str, values: Mapping[str, Any], *, console: Console | None = No
 def format_number(value: Any) -> str:
     """Formats a number for reading: whole numbers with commas, others with four significant digits.
 
-    >>> [format_number(x) for x in (1234567, 0.00001234, 2.5, 1234.5, float("nan"))]
-    ['1,234,567', '1.234e-05', '2.5', '1,234', 'nan']
+    Example:
+        >>> [format_number(x) for x in (1234567, 0.00001234, 2.5, 1234.5, float("nan"))]
+        ['1,234,567', '1.234e-05', '2.5', '1,234', 'nan']
     """
     number = float(value)
     if number.is_integer() and abs(number) < 1e15:

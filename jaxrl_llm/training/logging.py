@@ -172,8 +172,9 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
 def config_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compares two configs and returns one line per option that differs; nested options have dotted names.
 
-    >>> config_differences({"seed": 0, "model": {"layers": 4}}, {"seed": 0, "model": {"layers": 6}})
-    ['model.layers: 4 in the saved run, 6 now']
+    Example:
+        >>> config_differences({"seed": 0, "model": {"layers": 4}}, {"seed": 0, "model": {"layers": 6}})
+        ['model.layers: 4 in the saved run, 6 now']
     """
     before, after = _dotted(_plain(saved)), _dotted(_plain(current))
     names = [name for name in {**before, **after} if before.get(name, "absent") != after.get(name, "absent")]
