@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 from jaxrl_llm import xla_cpu
 
@@ -22,6 +23,22 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=True)
 hypothesis.settings.load_profile("default")
+
+
+SLOW = Path(__file__).parent / "slow.txt"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks the tests that slow.txt names: those that take long and have a quicker sister, which is run every time."""
+    listed = set(SLOW.read_text("utf-8").splitlines())
+    for item in items:
+        if item.nodeid in listed:
+            item.add_marker(pytest.mark.slow)
+    files = {item.nodeid.split("::")[0] for item in items}
+    if files >= {name.split("::")[0] for name in listed} and len(config.args) == 1:
+        unknown = listed - {item.nodeid for item in items}
+        assert not unknown, f"{SLOW} names tests that are not there: {sorted(unknown)}"
 
 
 @pytest.fixture(scope="session", autouse=True)

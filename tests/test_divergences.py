@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 from jaxrl_llm.divergences import categorical_kl, chunked_generalized_jsd, generalized_jsd, kl_estimate
 from tests.unchecked import unchecked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 LOGITS = hnp.arrays(np.float32, (3, 5), elements=st.floats(-8, 8, width=32))
 

@@ -12,6 +12,8 @@ from jax.test_util import check_grads
 
 from jaxrl_llm.log_probs import chunked_token_statistics, token_entropy, token_log_probs, token_statistics
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 

@@ -18,6 +18,8 @@ from jaxrl_llm.optimizers import make_optimizer
 from jaxrl_llm.reductions import combine_metrics_over_axis, sum_over_axis
 from jaxrl_llm.training import init_train_state, make_train_step
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 DEVICES, PAIRS = 4, 8
 close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
 

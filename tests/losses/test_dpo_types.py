@@ -16,6 +16,8 @@ from jaxrl_llm.losses import dpo_loss
 from jaxrl_llm.losses.preference import POINTWISE, SORTED, DPOLossType, FDivergence
 from tests.unchecked import unchecked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 TYPES = get_args(DPOLossType)
 LENGTHS = {"chosen_lengths": jnp.array([2, 4, 3]), "rejected_lengths": jnp.array([5, 1, 3])}

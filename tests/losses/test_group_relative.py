@@ -10,6 +10,8 @@ from jaxrl_llm.losses import grpo_loss
 from jaxrl_llm.losses.group_relative import GRPO_PRESETS, grpo_weights
 from tests.unchecked import unchecked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 RATIOS = np.array([[1.1, 1.5, 3.0], [0.5, 9.0, 9.0], [9.0, 9.0, 9.0]])

@@ -13,6 +13,8 @@ from jaxrl_llm.losses import cpo_loss, dpo_loss, orpo_loss
 from jaxrl_llm.losses.reference_free import CPO_LINKS
 from tests.unchecked import unchecked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 CHOSEN, REJECTED = jnp.log(jnp.array([0.5, 0.2])), jnp.log(jnp.array([0.25, 0.6]))
 

@@ -18,6 +18,8 @@ from jaxrl_llm.losses import (
 )
 from tests.unchecked import unchecked
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-6)
 
 # The cases of TRL's tests name the share that is dropped, we (as its option) the one that is kept.

@@ -88,6 +88,7 @@ def base(tuned, tmp_path_factory):
         learning_rate=1e-2,
         adam_epsilon=1e-4,
         warmup_steps=2,
+        seed=1,
         max_steps=12,
         logging_steps=1,
         eval_steps=4,

@@ -19,6 +19,8 @@ from jaxrl_llm.rollouts.environment import (
 from jaxrl_llm.rollouts.registry import make_environment
 from jaxrl_llm.rollouts.spaces import observation_encoder
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ENV, ENV_PARAMS = make_environment("CartPole-v1")
 START_BOUND = 0.05  # CartPole starts within ±0.05 in every coordinate.
 

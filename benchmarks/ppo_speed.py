@@ -1,0 +1,77 @@
+"""PPO on CartPole-v1 with CleanRL's settings: environment steps a second, against PureJaxRL, rejax, SB3, sbx and CleanRL.
+
+    python -m benchmarks ppo_speed
+    python -m benchmarks ppo_speed --peers peers/bin/python --purejaxrl path/to/purejaxrl --cleanrl path/to/cleanrl
+
+`benchmarks/peers/README.md` tells how to get the peers. All do the same work: 128 steps in each environment, then 4 epochs of
+4 minibatches on two networks of 64 and 64 units, Adam, rates that fall to 0. Those in PyTorch or with environments in Python
+run fewer steps, for their rate does not depend on how many.
+"""
+
+import dataclasses
+import sys
+import time
+
+from jaxrl_llm import xla_cpu
+
+xla_cpu.set_flag()
+
+from benchmarks import timing
+from benchmarks.results import record
+
+CASES = {"4 environments": (4, 500_000, 1), "64 environments": (64, 2_000_000, 1), "8 seeds": (4, 500_000, 8)}
+"""Environments, steps and seeds of each question."""
+SLOW_STEPS = 20_480
+
+
+def ours(num_envs: int, steps: int, seeds: int) -> None:
+    """Times whole runs as one compiled program, several seeds side by side by `vmap`."""
+    import jax
+
+    from jaxrl_llm.recipes.control import ppo
+
+    per_update = num_envs * 128
+    size = {"num_envs": num_envs, "num_steps": 128, "total_timesteps": steps // per_update * per_update}
+    config = dataclasses.replace(ppo.PRESETS["cleanrl"], **size)
+    keys = jax.random.split(jax.random.key(0), seeds)
+    started = time.perf_counter()
+    train = jax.jit(
+        jax.vmap(lambda key: ppo.train(key, config)) if seeds > 1 else lambda keys: ppo.train(keys[0], config)
+    )
+    compiled = train.lower(keys).compile()
+    spent = time.perf_counter() - started
+    timing.report(
+        lambda: jax.block_until_ready(compiled(keys)), compile_seconds=spent, packages=("jax", "jaxlib", "gymnax")
+    )
+
+
+def main() -> None:
+    """Races all sides and records the figures."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--purejaxrl", help="the folder of its repository")
+    parser.add_argument("--cleanrl", help="the folder of its repository")
+    options = parser.parse_args()
+    if options.one:
+        ours(*map(int, options.one))
+        return
+    figures: dict = {"limits": timing.limits()}
+    for case, (num_envs, steps, seeds) in CASES.items():
+        size, slow = [str(num_envs), str(steps), str(seeds)], [str(num_envs), str(SLOW_STEPS * num_envs // 4)]
+        sides = {"jaxrl_llm": [sys.executable, "-m", "benchmarks.ppo_speed", "--one", *size]}
+        work = {"jaxrl_llm": steps * seeds}
+        peers = {"PureJaxRL": ["purejaxrl_ppo", options.purejaxrl, *size] if options.purejaxrl else None}
+        peers["rejax"] = ["rejax_ppo", *size]
+        if seeds == 1:
+            peers |= {"SB3": ["sb3_ppo", "stable_baselines3", *slow], "sbx": ["sb3_ppo", "sbx", *slow]}
+            peers["CleanRL"] = ["cleanrl_ppo", options.cleanrl, *slow] if options.cleanrl else None
+        for name, command in peers.items():
+            if options.peers and command:
+                sides[name] = [options.peers, "-m", f"benchmarks.peers.{command[0]}", *command[1:]]
+                work[name] = int(slow[1]) if slow[1] in command else steps * seeds
+        figures[case] = timing.race(sides, work=work, rounds=options.rounds)
+        print(f"\n{case}\n\n{timing.table(figures[case], 'steps / s')}", flush=True)
+        print(record("ppo_speed", figures, packages=("gymnax", "flax", "optax")))
+
+
+if __name__ == "__main__":
+    main()
