@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
-QUICK = ("03_optimizers", "05_ppo")
+QUICK = ("03_optimizers",)
 LARGEST = 160_000
 MACHINE_PATHS = ("/tmp/", "/work/", "/root/", "/home/", "Traceback")
 

@@ -10,8 +10,6 @@ import pytest
 from jaxrl_llm.losses import grpo_loss, policy_gradient_loss, rloo_loss
 from jaxrl_llm.reductions import token_weights
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 close = functools.partial(np.testing.assert_allclose, rtol=2e-6)
 
 # Sign of the advantage × ratio below, inside, and above the clip.

@@ -23,8 +23,6 @@ from jaxrl_llm.optimizers import (
 )
 from jaxrl_llm.reductions import weighted_sum
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
 SAMPLES, FEATURES, HIDDEN, ACTIONS, DEVICES = 8, 3, 2, 3, 4
 

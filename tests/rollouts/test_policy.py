@@ -17,8 +17,6 @@ from jaxrl_llm.reductions import LossWeights, loss_weights
 from jaxrl_llm.rollouts import policy_functions, score_completions
 from jaxrl_llm.training import init_train_state, make_train_step
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 GOLDEN = Path(__file__).parents[1] / "golden"
 TEMPERATURE, CHUNK, PROMPT = 0.8, 2, 5
 close = np.testing.assert_allclose
