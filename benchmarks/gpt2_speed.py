@@ -17,35 +17,26 @@ xla_cpu.set_flag()
 from benchmarks import timing
 from benchmarks.results import record
 
-SIZES = {"124M": {}, "small": {"n_layer": 4, "n_head": 4, "n_embd": 256}}
+SIZES: dict[str, dict[str, int]] = {
+    "124M": {},
+    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "1.5B": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "small": {"n_layer": 4, "n_head": 4, "n_embd": 256},
+    "tiny": {"n_layer": 2, "n_head": 2, "n_embd": 64, "vocab_size": 512},
+}
+"""GPT-2's, and two of ours, for all benchmarks of speed."""
 ROWS, LENGTH = {"124M": 4, "small": 8}, {"124M": 256, "small": 128}
 BATCH, PROMPT, NEW = 8, 32, 96
 
 
 def train(size: str) -> None:
     """Times the recipe's own step."""
-    import jax
-
-    from benchmarks.online_memory import made_up
-    from jaxrl_llm.data import character_tokenizer
-    from jaxrl_llm.models import GPT2, GPT2Config
+    from benchmarks.stepping import outline_gpt2, stepper
+    from jaxrl_llm.models import GPT2Config
     from jaxrl_llm.recipes.options import ModelOptions
-    from jaxrl_llm.recipes.text.language_model import outline_of_module
-    from jaxrl_llm.recipes.text.outlines import outline_run, recipe_config
 
-    rows = {"max_length": LENGTH[size], "per_device_train_batch_size": ROWS[size]}
-    model = outline_of_module(GPT2(GPT2Config(**SIZES[size])), character_tokenizer("ab"), ModelOptions())
-    program = outline_run(model, recipe_config("sft", ModelOptions(), warmup_steps=0, **rows)).programs["step"]
-    started = time.perf_counter()
-    compiled = program.compile(as_run=True)
-    spent = time.perf_counter() - started
-    state, *others = jax.tree.map(made_up, program.arguments)
-    held = [state]
-    del state  # a step takes over its memory
-
-    def step() -> None:
-        held.append(jax.block_until_ready(compiled(held.pop(), *others))[0])
-
+    rows = {"max_length": LENGTH[size], "per_device_train_batch_size": ROWS[size], "warmup_steps": 0}
+    step, spent = stepper(outline_gpt2(GPT2Config(**SIZES[size]), "sft", ModelOptions(), **rows).programs)
     timing.report(step, compile_seconds=spent, packages=("jax", "jaxlib", "flax", "optax"))
 
 
@@ -78,7 +69,7 @@ def main() -> None:
         {"train": train, "generate": generate}[options.one[0]](options.one[1])
         return
     figures: dict = {"limits": timing.limits()}
-    for size in SIZES:
+    for size in ROWS:
         for task in ("train", "generate"):
             sides = {"jaxrl_llm": [sys.executable, "-m", "benchmarks.gpt2_speed", "--one", task, size]}
             if options.peers:

@@ -22,11 +22,11 @@ from jaxrl_llm import xla_cpu
 xla_cpu.set_flag()
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks.results import record
+from benchmarks.stepping import made_up
 from jaxrl_llm.data import character_tokenizer
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.recipes.options import ModelOptions
@@ -90,18 +90,6 @@ def figures_of(state: float, temporary: float, trained: int) -> dict[str, float]
     """Names the megabytes of a run and the number of parameters that it trains."""
     megabytes = {"state_megabytes": state, "temporary_megabytes": temporary, "megabytes": state + temporary}
     return megabytes | {"trained_parameters": trained}
-
-
-def made_up(shape: Any) -> jax.Array:
-    """Makes an array of a shape: small positive numbers, true, or 0."""
-    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
-        return jax.random.key(0)
-    if shape.dtype == bool:
-        return jnp.ones(shape.shape, bool)
-    if jnp.issubdtype(shape.dtype, jnp.floating):
-        rng = np.random.default_rng(0)
-        return jnp.asarray(rng.uniform(0, 0.02, shape.shape), shape.dtype)
-    return jnp.zeros(shape.shape, shape.dtype)
 
 
 def measure(name: str) -> dict[str, float]:

@@ -56,18 +56,20 @@ def main() -> None:
         return
     figures: dict = {"limits": timing.limits()}
     for case, (num_envs, steps, seeds) in CASES.items():
-        size, slow = [str(num_envs), str(steps), str(seeds)], [str(num_envs), str(SLOW_STEPS * num_envs // 4)]
+        size, few = [str(num_envs), str(steps), str(seeds)], SLOW_STEPS * num_envs // 4
         sides = {"jaxrl_llm": [sys.executable, "-m", "benchmarks.ppo_speed", "--one", *size]}
         work = {"jaxrl_llm": steps * seeds}
-        peers = {"PureJaxRL": ["purejaxrl_ppo", options.purejaxrl, *size] if options.purejaxrl else None}
-        peers["rejax"] = ["rejax_ppo", *size]
-        if seeds == 1:
-            peers |= {"SB3": ["sb3_ppo", "stable_baselines3", *slow], "sbx": ["sb3_ppo", "sbx", *slow]}
-            peers["CleanRL"] = ["cleanrl_ppo", options.cleanrl, *slow] if options.cleanrl else None
-        for name, command in peers.items():
-            if options.peers and command:
-                sides[name] = [options.peers, "-m", f"benchmarks.peers.{command[0]}", *command[1:]]
-                work[name] = int(slow[1]) if slow[1] in command else steps * seeds
+        if options.peers:
+            peers = {"rejax": (["rejax_ppo", *size], steps * seeds)}
+            if options.purejaxrl:
+                peers["PureJaxRL"] = ["purejaxrl_ppo", options.purejaxrl, *size], steps * seeds
+            if seeds == 1:
+                peers["SB3"] = ["sb3_ppo", "stable_baselines3", str(num_envs), str(few)], few
+                peers["sbx"] = ["sb3_ppo", "sbx", str(num_envs), str(few)], few
+                if options.cleanrl:
+                    peers["CleanRL"] = ["cleanrl_ppo", options.cleanrl, str(num_envs), str(few)], few
+            for name, ((script, *words), done) in peers.items():
+                sides[name], work[name] = [options.peers, "-m", f"benchmarks.peers.{script}", *words], done
         figures[case] = timing.race(sides, work=work, rounds=options.rounds)
         print(f"\n{case}\n\n{timing.table(figures[case], 'steps / s')}", flush=True)
         print(record("ppo_speed", figures, packages=("gymnax", "flax", "optax")))

@@ -15,11 +15,10 @@ xla_cpu.set_flag()
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from benchmarks.plots import curves
 from benchmarks.results import FOLDER, record
-from benchmarks.timing import limits, timed
+from benchmarks.timing import limits, median_seconds
 from jaxrl_llm.log_probs import chunked_token_statistics, token_log_probs
 from jaxrl_llm.models import GPT2, GPT2Config
 from jaxrl_llm.recipes.control import ppo
@@ -31,9 +30,8 @@ ROWS, LENGTH, HIDDEN, VOCAB, CHUNK = 4, 256, 256, 32_768, 32
 def cost(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
     """Compiles and runs a function; seconds, and temporary megabytes."""
     compiled = jax.jit(function).lower(*arguments).compile()
-    jax.block_until_ready(compiled(*arguments))
-    seconds = [timed(lambda: jax.block_until_ready(compiled(*arguments))) for _ in range(5)]
-    return {"seconds": float(np.median(seconds)), "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6}
+    seconds = median_seconds(lambda: jax.block_until_ready(compiled(*arguments)), 5)
+    return {"seconds": seconds, "temporary_mb": compiled.memory_analysis().temp_size_in_bytes / 1e6}
 
 
 def log_probs(vocab: int = VOCAB, length: int = LENGTH) -> dict[str, dict[str, float]]:

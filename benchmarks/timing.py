@@ -29,6 +29,12 @@ def timed(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Runs a program once to warm up, then `repeats` times; returns the median of these."""
+    call()
+    return statistics.median(timed(call) for _ in range(repeats))
+
+
 def report(call: Callable[[], Any], *, compile_seconds: float = 0.0, repeats: int = 3, packages: Sequence[str]) -> None:
     """Runs a program once to warm up, then `repeats` times, and prints its figures as one line of JSON.
 

@@ -9,16 +9,15 @@ scored in each step. AdamW. TRL's time is that between its callbacks, without wh
 """
 
 import sys
-import time
 
 from jaxrl_llm import xla_cpu
 
 xla_cpu.set_flag()
 
 from benchmarks import timing
+from benchmarks.gpt2_speed import SIZES
 from benchmarks.results import record
 
-SIZE = {"n_layer": 4, "n_head": 4, "n_embd": 256}
 PROMPTS, GROUP, PROMPT, COMPLETION = 8, 8, 16, 64
 PAIRS, PAIR_LENGTH = 8, 105
 TASKS = {"grpo": "iterations / s", "dpo": "steps / s"}
@@ -26,40 +25,24 @@ TASKS = {"grpo": "iterations / s", "dpo": "steps / s"}
 
 def ours(task: str) -> None:
     """Times the programs that the recipe runs in an iteration or a step, one after the other."""
-    import jax
-    import numpy as np
-
-    from benchmarks.online_memory import made_up
-    from jaxrl_llm.data import character_tokenizer
-    from jaxrl_llm.models import GPT2, GPT2Config
+    from benchmarks.stepping import outline_gpt2, stepper
+    from jaxrl_llm.models import GPT2Config
     from jaxrl_llm.recipes.options import ModelOptions
-    from jaxrl_llm.recipes.text.language_model import outline_of_module
-    from jaxrl_llm.recipes.text.outlines import outline_run, recipe_config
 
-    options: dict = {"max_length": PAIR_LENGTH, "per_device_train_batch_size": PAIRS, "warmup_steps": 0}
+    config, options = GPT2Config(**SIZES["small"]), ModelOptions()
     if task == "grpo":
-        lengths = {"max_prompt_length": PROMPT, "max_completion_length": COMPLETION}
-        options = {"num_prompts": PROMPTS, "num_generations": GROUP, **lengths}
-    model = outline_of_module(GPT2(GPT2Config(**SIZE)), character_tokenizer("ab"), ModelOptions())
-    programs = outline_run(
-        model, recipe_config("grpo" if task == "grpo" else "dpo", ModelOptions(), **options)
-    ).programs
-    started = time.perf_counter()
-    compiled = {name: program.compile(as_run=True) for name, program in programs.items()}
-    spent = time.perf_counter() - started
-    inputs = {name: jax.tree.map(made_up, program.arguments) for name, program in programs.items()}
-    first, last = programs
-    state, *others = inputs[last]
-    held = [state]
-    del state  # an update takes over its memory
-
-    def step() -> None:
-        result = jax.block_until_ready(compiled[first](*inputs[first]))
-        if task == "grpo":
-            [float(len(set(row))) for row in np.asarray(result.ids).tolist()]  # rewards, on the host
-        held.append(jax.block_until_ready(compiled[last](held.pop(), *others))[0])
-
+        size = {"num_prompts": PROMPTS, "num_generations": GROUP, "max_prompt_length": PROMPT}
+        run = outline_gpt2(config, "grpo", options, max_completion_length=COMPLETION, **size)
+    else:
+        rows = {"max_length": PAIR_LENGTH, "per_device_train_batch_size": PAIRS, "warmup_steps": 0}
+        run = outline_gpt2(config, "dpo", options, **rows)
+    step, spent = stepper(run.programs, rewards if task == "grpo" else lambda log_probs: None)
     timing.report(step, compile_seconds=spent, packages=("jax", "jaxlib", "flax", "optax"))
+
+
+def rewards(completions) -> list[float]:
+    """Rewards each completion by its number of different tokens, on the host, as TRL's side does by words."""
+    return [float(len(set(row))) for row in completions.ids.tolist()]
 
 
 def main() -> None:

@@ -29,14 +29,14 @@ SLOW = Path(__file__).parent / "slow.txt"
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """Marks the tests that slow.txt names: those that take long and have a quicker sister, which is run every time."""
     listed = set(SLOW.read_text("utf-8").splitlines())
     for item in items:
         if item.nodeid in listed:
             item.add_marker(pytest.mark.slow)
     files = {item.nodeid.split("::")[0] for item in items}
-    if files >= {name.split("::")[0] for name in listed} and len(config.args) == 1:
+    if files >= {name.split("::")[0] for name in listed}:
         unknown = listed - {item.nodeid for item in items}
         assert not unknown, f"{SLOW} names tests that are not there: {sorted(unknown)}"
 

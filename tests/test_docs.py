@@ -21,6 +21,7 @@ PACKAGE = ROOT / "jaxrl_llm"
 PACKAGES = ("losses", "optimizers", "models", "rollouts", "rewards", "data", "training")
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem not in ("__init__", "cli", "xla_cpu"))
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
+BENCHMARKS = [ROOT / "benchmarks" / "README.md", ROOT / "benchmarks" / "peers" / "README.md"]
 REFERENCE = sorted((ROOT / "docs" / "reference").glob("*.md"))
 DIRECTIVE = re.compile(r"^::: (\S+)\n((?: {4}.*\n)*)", re.MULTILINE)
 
@@ -118,18 +119,18 @@ def test_every_command_is_one_that_would_run(page):
             module.validate(config)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + BENCHMARKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_benchmark_and_test_that_is_named_exists(page):
     text = page.read_text("utf-8")
-    for module in re.findall(r"python -m (benchmarks\.\w+)", text):
-        assert importlib.util.find_spec(module), module
+    for name in re.findall(r"python -m benchmarks[. ]([a-z]\w+)", text):
+        assert importlib.util.find_spec(f"benchmarks.{name}"), name
     for path, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text):
         assert f"def {name}" in (ROOT / path).read_text("utf-8"), (path, name)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + BENCHMARKS, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_result_stands_beside_the_command_that_made_it(page):
-    for link, command in re.findall(r"\(([\w./]+\.json)\): `([^`]+)`", page.read_text("utf-8")):
+    for link, command in re.findall(r"\(([\w./]+\.json)\):\s`([^`]+)`", page.read_text("utf-8")):
         assert json.loads((page.parent / link).read_text("utf-8"))["command"] == command
 
 

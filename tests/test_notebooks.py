@@ -1,10 +1,11 @@
 """The notebooks: pairs of a script and its executed twin; the scripts run, and what they assert holds.
 
-pytest tests/test_notebooks.py -m "slow or not slow"        # all of them: about half an hour on two cores
+pytest tests/test_notebooks.py -m "slow or not slow"        # all of them
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +15,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
-QUICK = ("03_optimizers",)
+QUICK = ("03_optimizers", "05_ppo")
 LARGEST = 160_000
-MACHINE_PATHS = ("/tmp/", "/work/", "/root/", "/home/", "Traceback")
+ABSOLUTE_PATH = re.compile(r"(?:^|[\s\"'(=])/(?:[\w.+-]+/)+[\w.+-]+")
 
 
 def test_there_is_a_notebook_for_each_chapter():
@@ -38,7 +39,10 @@ def test_a_notebook_is_its_script_executed(script):
     assert not [output for output in outputs if output["output_type"] == "error"]
     assert any("image/png" in output.get("data", {}) for output in outputs), "it shows a plot"
     assert len(text) < LARGEST
-    assert not [path for path in MACHINE_PATHS if path in json.dumps(outputs)]
+    printed = ["".join(output.get("text", output.get("data", {}).get("text/plain", []))) for output in outputs]
+    assert not [found for words in printed for found in ABSOLUTE_PATH.findall(words)], (
+        "where it was executed is not told"
+    )
     assert "assert " in "".join(code[-1]["source"]), "it ends in what it claims"
 
 
@@ -49,5 +53,7 @@ def test_a_notebook_is_its_script_executed(script):
 )
 def test_a_notebook_runs_and_what_it_claims_holds(script, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200
+    )
     assert done.returncode == 0, done.stderr[-3000:]

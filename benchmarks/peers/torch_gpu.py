@@ -6,12 +6,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks import timing
+from benchmarks.gpt2_speed import SIZES
 
-SIZES = {
-    "124M": {},
-    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "1.5B": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-}
 size, rows, length = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 torch.set_float32_matmul_precision("high")

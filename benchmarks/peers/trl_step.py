@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2TokenizerFast, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
 from benchmarks import timing
-from benchmarks.trl_speed import COMPLETION, GROUP, PAIR_LENGTH, PAIRS, PROMPT, PROMPTS, SIZE
+from benchmarks.gpt2_speed import SIZES
+from benchmarks.trl_speed import COMPLETION, GROUP, PAIR_LENGTH, PAIRS, PROMPT, PROMPTS
 
 STEPS = 4
 
@@ -45,7 +46,9 @@ tokenizer = GPT2TokenizerFast(vocab=str(vocab), merges=str(merges), padding_side
 tokenizer.pad_token = tokenizer.eos_token
 dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 torch.manual_seed(0)
-model = GPT2LMHeadModel(GPT2Config(**SIZE, **dropout, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id))
+model = GPT2LMHeadModel(
+    GPT2Config(**SIZES["small"], **dropout, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+)
 words = [word for word in json.loads(vocab.read_text("utf-8")) if word.startswith("Ġ") and word[1:].isalpha()]
 
 

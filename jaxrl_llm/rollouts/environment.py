@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from jaxrl_llm.distributions import make_distribution
-from jaxrl_llm.keys import fast
 from jaxrl_llm.rollouts.spaces import clip_action
 from jaxrl_llm.types import Key, Metrics, Params
 
@@ -159,7 +158,7 @@ def rollout(
     keys = jax.random.split(action_key, num_steps), jax.random.split(environment_key, (num_steps, num_envs))
 
     def wrap(data: Array) -> Key:
-        return fast(jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
 
     def step(now: EnvironmentState, key_data: tuple[Array, Array]) -> tuple[EnvironmentState, Transition]:
         action, log_prob = policy(params, now.observation, wrap(key_data[0]))

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxrl_llm.keys import fast
 from jaxrl_llm.log_probs import token_log_probs
 from jaxrl_llm.rollouts.sampling import (
     filter_logits,
@@ -101,7 +100,7 @@ def generate(
         cache = _prefill(apply, params, prompt_ids, prompt_real, max_new_tokens)
     cache, prompt_ids, prompt_real = _repeat(cache, prompt_ids, prompt_real, num_generations)
     rows = prompt_ids.shape[0]
-    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(fast(key), first_row + jnp.arange(rows))
+    row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
     eos_ids = jnp.asarray([] if eos_id is None else eos_id, jnp.int32).reshape(-1)
     greedy = jnp.asarray(temperature) == 0
     scale = jnp.where(greedy, 1, temperature)

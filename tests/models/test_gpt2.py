@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from pathlib import Path
 
 import jax
@@ -463,3 +464,13 @@ def test_cudnn_attention_equals_xla_attention():
     assert np.abs(found - expected)[np.asarray(mask)].max() < 0.05 * np.abs(expected).max()
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
         assert np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b)
+
+
+def test_on_a_cpu_a_tied_head_is_multiplied_in_the_order_of_the_embedding():
+    module = GPT2(GPT2Config(vocab_size=97, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+    tokens = jnp.ones((3, 1), jnp.int32)
+    params = module.init(jax.random.key(0), tokens)["params"]
+    text = jax.jit(lambda params: module.apply({"params": params}, tokens)[0]).lower(params).compile().as_text()
+    heads = [shape for shape in re.findall(r"= f32\[([\d,]+)\]\S* dot\(", text) if "97" in shape.split(",")]
+    assert heads
+    assert all(shape.startswith("97,") for shape in heads), "XLA would pack the whole embedding for each product"
