@@ -10,7 +10,9 @@ from jaxtyping import Array
 T = TypeVar("T")
 
 
-def map_time_chunks(function: Callable[..., T], *arrays: Array, axis: int, chunk_size: int) -> T:
+def map_time_chunks(
+    function: Callable[..., T], *arrays: Array, axis: int, chunk_size: int, recompute: bool = True
+) -> T:
     """Applies a function to chunks of positions, one after the other, and joins the results along time.
 
     Every chunk is computed again in the backward pass, so that what the function builds inside exists for `chunk_size`
@@ -22,6 +24,7 @@ def map_time_chunks(function: Callable[..., T], *arrays: Array, axis: int, chunk
         arrays: With time along `axis`.
         axis: Counted from the front, so the axes behind it may differ.
         chunk_size: Positions at once; it need not divide the length.
+        recompute: Whether to compute each chunk again in the backward pass; False for a function that sees to that itself.
 
     Raises:
         ValueError: If `chunk_size` is not positive.
@@ -45,5 +48,10 @@ def map_time_chunks(function: Callable[..., T], *arrays: Array, axis: int, chunk
         x = x.reshape(*x.shape[:axis], num_chunks * chunk_size, *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, time, axis=axis)
 
-    checkpointed = jax.checkpoint(lambda chunks: function(*chunks))
-    return jax.tree.map(join, jax.lax.map(checkpointed, tuple(map(split, arrays))))
+    def of_chunk(chunks: tuple[Array, ...]) -> T:
+        return function(*chunks)
+
+    function_of_chunk = jax.checkpoint(of_chunk) if recompute else of_chunk
+    if num_chunks == 1:
+        return function_of_chunk(arrays)
+    return jax.tree.map(join, jax.lax.map(function_of_chunk, tuple(map(split, arrays))))

@@ -52,7 +52,7 @@ class KVCache(NamedTuple):
         length: Number of slots written.
     """
 
-    keys: Float[Array, "layers batch slots kv_heads head_dim"]
-    values: Float[Array, "layers batch slots kv_heads head_dim"]
+    keys: Float[Array, "layers batch kv_heads slots head_dim"]
+    values: Float[Array, "layers batch kv_heads slots head_dim"]
     mask: Bool[Array, "batch slots"]
     length: Int[Array, ""]

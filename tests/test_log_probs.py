@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.test_util import check_grads
 
+from jaxrl_llm import log_probs
 from jaxrl_llm.log_probs import chunked_token_statistics, token_entropy, token_log_probs, token_statistics
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -172,10 +173,13 @@ def value_and_gradient(hidden, kernel, tokens, cotangents, temperature, chunk_si
     return jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(hidden, kernel, temperature)
 
 
+@pytest.mark.parametrize("block", [2048, 4, 1])
 @pytest.mark.parametrize(
     ("leading", "chunk_size"), [((2,), 1), ((2,), 3), ((2,), 7), ((2,), 128), ((), 3), ((3, 2), 4)]
 )
-def test_chunked_equals_dense_in_value_and_gradient(leading, chunk_size):
+def test_chunked_equals_dense_in_value_and_gradient(leading, chunk_size, block, monkeypatch):
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", block)
+    value_and_gradient.clear_cache()
     arrays = inputs(leading)
     for temperature in (0.7, 1.0, 2.0):
         (_, dense), dense_grads = value_and_gradient(*arrays, temperature)
@@ -199,6 +203,31 @@ def test_chunks_never_hold_the_logits_of_the_whole_batch(chunk_size):
     program = jax.make_jaxpr(functools.partial(value_and_gradient, chunk_size=chunk_size))(*arrays, 1.0)
     made = [v.aval.size for jaxpr in every_jaxpr(program.jaxpr) for e in jaxpr.eqns for v in e.outvars]
     assert (max(made) >= batch * time * vocab) == (chunk_size is None)
+
+
+def test_of_equally_likely_tokens_the_first_is_the_argmax_in_whatever_block(monkeypatch):
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", 2)
+    kernel = jnp.array([[0.0, 1.0, 2.0, 2.0, 1.0, 2.0, 0.0]])
+    found = [
+        bool(chunked_token_statistics(jnp.ones((1, 1)), kernel, jnp.array([token])).is_argmax[0]) for token in range(7)
+    ]
+    assert found == [False, False, True, False, False, False, False]
+
+
+def test_memory_does_not_grow_with_the_vocabulary_but_for_the_kernel_and_its_gradient():
+    hidden, tokens = jnp.zeros((8, 128, 4)), jnp.zeros((8, 128), int)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(hidden, kernel):
+        return chunked_token_statistics(hidden, kernel, tokens).log_probs.sum()
+
+    sizes = 4_096, 32_768
+    small, large = (
+        loss.lower(hidden, jnp.zeros((4, vocab))).compile().memory_analysis().temp_size_in_bytes for vocab in sizes
+    )
+    growth = (large - small) / (sizes[1] - sizes[0]) / 4
+    assert growth < 60, "numbers for each token of the vocabulary; all logits would be 1,024"
 
 
 def test_no_positions_are_no_work():

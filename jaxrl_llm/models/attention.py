@@ -16,7 +16,7 @@ from jaxrl_llm.types import Key, KVCache
 Implementation: TypeAlias = Literal["xla", "cudnn"]
 
 LayerCache: TypeAlias = tuple[Array, Array]
-"""Keys and values of all layers, each [layers, batch, slots, kv_heads, head_dim]: the scan over layers carries them."""
+"""Keys and values of all layers, each [layers, batch, kv_heads, slots, head_dim]: the scan over layers carries them."""
 
 
 def check_implementation(implementation: Implementation | None, dtype: DTypeLike, head_size: int) -> None:
@@ -103,7 +103,7 @@ def attention_mask(
 
 def empty_cache(*, layers: int, batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> KVCache:
     """Makes a cache with room for `slots` tokens in each row."""
-    shape = (layers, batch, slots, kv_heads, head_dim)
+    shape = (layers, batch, kv_heads, slots, head_dim)
     return KVCache(
         keys=jnp.zeros(shape, dtype),
         values=jnp.zeros(shape, dtype),
@@ -130,19 +130,21 @@ def append_tokens(
 
 
 def write_layer(
-    cache: Float[Array, "layers batch slots kv_heads head_dim"],
+    cache: Float[Array, "layers batch kv_heads slots head_dim"],
     layer: Int[Array, ""],
     start: Int[Array, ""],
     chunk: Float[Array, "batch time kv_heads head_dim"],
-) -> tuple[Float[Array, "layers batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]]:
+) -> tuple[Float[Array, "layers batch kv_heads slots head_dim"], Float[Array, "batch slots kv_heads head_dim"]]:
     """Writes a chunk into one layer, from slot `start` on; returns the cache and all slots of that layer.
 
     The cache of all layers is carried through the scan over layers and updated here, not split and stacked again: XLA
-    then writes into the one buffer, instead of copying the cache for every token.
+    then writes into the one buffer, instead of copying the cache for every token. The slots of a head lie together, as
+    the products of attention read them: else XLA would turn the whole layer around for every token.
     """
     zero = jnp.zeros((), jnp.int32)
-    cache = jax.lax.dynamic_update_slice(cache, chunk[None].astype(cache.dtype), (layer, zero, start, zero, zero))
-    return cache, jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False)
+    chunk = jnp.swapaxes(chunk, 1, 2)[None].astype(cache.dtype)
+    cache = jax.lax.dynamic_update_slice(cache, chunk, (layer, zero, zero, start, zero))
+    return cache, jnp.swapaxes(jax.lax.dynamic_index_in_dim(cache, layer, keepdims=False), 1, 2)
 
 
 def attend_layer(

@@ -101,8 +101,8 @@ class Llama(Decoder):
         >>> logits.shape
         (1, 4, 11)
         >>> _, cache = module.apply({"params": params}, tokens[:, :3], cache=8)
-        >>> cache.keys.shape  # layers, batch, slots, key-value heads, head_dim
-        (2, 1, 8, 2, 2)
+        >>> cache.keys.shape  # layers, batch, key-value heads, slots, head_dim
+        (2, 1, 2, 8, 2)
     """
 
     config: LlamaConfig

@@ -103,25 +103,30 @@ def generate(
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first_row + jnp.arange(rows))
     eos_ids = jnp.asarray([] if eos_id is None else eos_id, jnp.int32).reshape(-1)
     greedy = jnp.asarray(temperature) == 0
+    unfiltered = top_k == 0 and is_off(top_p, 1.0) and is_off(min_p, 0.0) and is_off(repetition_penalty, 1.0)
     scale = jnp.where(greedy, 1, temperature)
 
-    def choose(logits: Array, decoding: _Decoding) -> tuple[Array, Array]:
-        """Draws the next token of each row; returns it with its log-probability under what was sampled from."""
+    def choose(logits: Array, decoding: _Decoding) -> tuple[Array, Array, Array]:
+        """Draws the next token of each row; returns it with its log-probability, and that under what was sampled from."""
+        plain = logits
         if not is_off(repetition_penalty, 1.0):
             history = jnp.concatenate([prompt_ids, decoding.completions.ids], axis=1)
             history_mask = jnp.concatenate([prompt_real, decoding.completions.mask], axis=1)
             logits = penalize_repetition(logits, history, history_mask, repetition_penalty)
         allowed = filter_logits(logits / scale, top_k=top_k, top_p=top_p, min_p=min_p)
         keys = jax.vmap(jax.random.fold_in, (0, None))(row_keys, decoding.step)
-        token = jnp.where(greedy, most_likely_tokens(logits), sample_tokens(keys, allowed)).astype(jnp.int32)
-        return token, jnp.where(greedy, 0, token_log_probs(allowed, token))
+        sampled, sampled_log_probs = sample_tokens(keys, allowed)
+        token = jnp.where(greedy, most_likely_tokens(logits), sampled).astype(jnp.int32)
+        log_probs = token_log_probs(plain, token, temperature=scale)
+        if unfiltered:  # all but greedy tokens were drawn from the model's own distribution
+            log_probs = jnp.where(greedy, log_probs, sampled_log_probs)
+        return token, log_probs, jnp.where(greedy, 0, sampled_log_probs)
 
     def body(decoding: _Decoding) -> _Decoding:
         alive = decoding.alive
         logits, cache = apply({"params": params}, decoding.token[:, None], mask=alive[:, None], cache=decoding.cache)
         logits = logits[:, 0].astype(jnp.float32)
-        token, sampling_log_probs = choose(logits, decoding)
-        log_probs = token_log_probs(logits, token, temperature=scale)
+        token, log_probs, sampling_log_probs = choose(logits, decoding)
         new = Completions(
             ids=jnp.where(alive, token, pad_id),
             mask=alive,

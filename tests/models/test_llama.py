@@ -105,7 +105,7 @@ def test_decoding_with_a_cache_has_the_numbers_of_torch_for_every_split(chunks):
         outputs = np.concatenate([outputs, logits], axis=1)
     real = golden["mask"]
     np.testing.assert_allclose(np.asarray(outputs)[real], golden["logits"][real], atol=1e-4, rtol=0)
-    assert cache.keys.shape == (2, 3, 21, 2, 16), "the cache holds the key-value heads only"
+    assert cache.keys.shape == (2, 3, 2, 21, 16), "the cache holds the key-value heads only"
 
 
 def test_writing_past_the_last_slot_gives_nan_and_not_wrong_numbers():

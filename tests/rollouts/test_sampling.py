@@ -182,7 +182,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(vocab):
     probs = np.random.default_rng(vocab).dirichlet(np.full(vocab, 0.3))
     draws = 20_000
     keys = jax.random.split(jax.random.key(vocab), draws)
-    tokens = np.asarray(draw(keys, jnp.broadcast_to(jnp.log(probs), (draws, vocab))))
+    tokens, log_probs = map(np.asarray, draw(keys, jnp.broadcast_to(jnp.log(probs) - 3, (draws, vocab))))
+    np.testing.assert_allclose(log_probs, np.log(probs)[tokens], rtol=0, atol=1e-5)
     assert tokens.min() >= 0
     assert tokens.max() < vocab
     expected = probs * draws
@@ -197,7 +198,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely(vocab):
 def test_a_token_that_may_not_be_sampled_never_is(allowed):
     logits = np.full((5000, 1000), -np.inf, np.float32)
     logits[:, allowed] = np.linspace(-90, -89, len(allowed))
-    tokens = np.asarray(draw(jax.random.split(jax.random.key(1), 5000), jnp.asarray(logits)))
+    tokens = np.asarray(draw(jax.random.split(jax.random.key(1), 5000), jnp.asarray(logits))[0])
     assert set(tokens.tolist()) == set(allowed)
 
 
