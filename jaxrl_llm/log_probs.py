@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxrl_llm.chunks import map_time_chunks
-from jaxrl_llm.types import Numeric
+from jaxrl_llm.types import MESH_AXES, Numeric
 
 VOCABULARY_BLOCK = 2048
 """Most tokens of the vocabulary whose logits exist at once in `chunked_token_statistics`."""
@@ -134,23 +134,41 @@ def chunked_token_statistics(
     vocab = kernel.shape[1]
     num_blocks = -(-vocab // VOCABULARY_BLOCK)
     size = -(-vocab // num_blocks)
-    # Block b has the tokens b, b + num_blocks, …: so each device of a divided vocabulary has a part of each block.
-    rows = jnp.pad(kernel.T.astype(hidden.dtype), ((0, num_blocks * size - vocab), (0, 0)))
-    rows = jnp.moveaxis(rows.reshape(size, num_blocks, -1), 1, 0)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    divided = not mesh.empty and mesh.shape.get(MESH_AXES[2], 1) > 1
+    if divided:  # a block is every num_blocks-th token, so that each device has a part of each block
+        rows = jnp.pad(kernel.T, ((0, num_blocks * size - vocab), (0, 0)))
+        rows = jnp.moveaxis(rows.reshape(size, num_blocks, -1), 1, 0)
+
+    def block_of(number: Array) -> tuple[Array, _Block]:
+        if divided:
+            return rows[number].T, _Block(number, num_blocks, jnp.zeros_like(number), size, vocab)
+        lowest = number * size
+        first = jnp.minimum(lowest, vocab - size)  # the last block reaches back over tokens of another
+        return jax.lax.dynamic_slice_in_dim(kernel, first, size, axis=1), _Block(first, 1, lowest, size, vocab)
 
     def score(hidden: Array, tokens: Array) -> TokenStatistics:
         @jax.checkpoint
-        def score_block(numbered: tuple[Array, Array]) -> _BlockStatistics:
-            block, kernel = numbered
-            logits = jnp.matmul(hidden, kernel.T, preferred_element_type=dtype) / temperature
-            ids = jnp.arange(size) * num_blocks + block
-            logits = jnp.where(jnp.expand_dims(ids < vocab, range(tokens.ndim)), logits, -jnp.inf)
-            return _block_statistics(logits, ids, jnp.where(tokens % num_blocks == block, tokens // num_blocks, size))
+        def score_block(number: Array) -> _BlockStatistics:
+            part, block = block_of(number)
+            logits = jnp.matmul(hidden, part.astype(hidden.dtype), preferred_element_type=dtype) / temperature
+            return _block_statistics(logits, tokens, block)
 
-        return _join_blocks(jax.lax.map(score_block, (jnp.arange(num_blocks), rows)), tokens)
+        return _join_blocks(jax.lax.map(score_block, jnp.arange(num_blocks)), tokens)
 
+    tokens = jnp.where(tokens < 0, tokens + vocab, tokens)
     return map_time_chunks(score, hidden, tokens, axis=tokens.ndim - 1, chunk_size=chunk_size, recompute=False)
+
+
+class _Block(NamedTuple):
+    """Which tokens of the vocabulary a block has: first, first + stride, … (`size` of them) from `lowest` on, below `vocab`."""
+
+    first: Array
+    stride: int
+    lowest: Array
+    size: int
+    vocab: int
 
 
 class _BlockStatistics(NamedTuple):
@@ -179,14 +197,19 @@ class _BlockStatistics(NamedTuple):
     possible_sum: Array
 
 
-def _block_statistics(logits: Array, ids: Array, place: Array) -> _BlockStatistics:
-    """Sums over a block; `place` is that of the given token in the block, or beyond its end."""
-    has_token = place < ids.size
-    taken = _take(logits, jnp.minimum(place, ids.size - 1))
+def _block_statistics(logits: Array, tokens: Array, block: _Block) -> _BlockStatistics:
+    """Sums over a block of logits."""
+    ids = block.first + block.stride * jnp.arange(block.size)
+    ids = jnp.expand_dims(ids, range(tokens.ndim))
+    logits = jnp.where((ids >= block.lowest) & (ids < block.vocab), logits, -jnp.inf)
+    place = (tokens - block.first) // block.stride
+    has_token = (tokens >= block.lowest) & (tokens < block.vocab) & (tokens == block.first + block.stride * place)
+    has_token &= (place >= 0) & (place < block.size)
+    taken = _take(logits, jnp.where(has_token, place, 0))
     largest = jax.lax.stop_gradient(logits.max(-1))
     base = jnp.maximum(largest, jnp.finfo(logits.dtype).min)  # a block may have no possible token
     possible = logits > -jnp.inf
-    first = jnp.where(logits == largest[..., None], jnp.expand_dims(ids, range(largest.ndim)), jnp.iinfo(ids.dtype).max)
+    first = jnp.where(logits == largest[..., None], ids, block.vocab)
     logits = logits - base[..., None]
     exp, finite = jnp.exp(logits), jnp.where(possible, logits, 0)
     return _BlockStatistics(
@@ -211,9 +234,10 @@ def _join_blocks(blocks: _BlockStatistics, tokens: Array) -> TokenStatistics:
     logsumexp = jnp.log(total)
     moment = jnp.sum(weight * (blocks.moment + off * blocks.total), axis=0)
     possible_sum = jnp.sum(blocks.possible_sum + jnp.where(blocks.possible > 0, off, 0) * blocks.possible, axis=0)
-    most_likely = jnp.where(off == 0, blocks.most_likely, jnp.iinfo(blocks.most_likely.dtype).max).min(0)
+    most_likely = jnp.where(off == 0, blocks.most_likely, jnp.iinfo(tokens.dtype).max).min(0)
+    taken = jnp.sum(blocks.taken + jnp.where(blocks.has_token, off, 0), axis=0)
     return TokenStatistics(
-        log_probs=jnp.sum(blocks.taken + jnp.where(blocks.has_token, off, 0), axis=0) - logsumexp,
+        log_probs=jnp.where(blocks.has_token.any(0), taken - logsumexp, jnp.nan),
         entropy=logsumexp - moment / total,
         logsumexp=logsumexp + largest,
         mean_log_probs=possible_sum / blocks.possible.sum(0) - logsumexp,

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from jaxrl_llm import log_probs
 from jaxrl_llm.log_probs import chunked_token_statistics, token_entropy, token_log_probs, token_statistics
+from jaxrl_llm.training.parallel import make_mesh
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -186,6 +187,27 @@ def test_chunked_equals_dense_in_value_and_gradient(leading, chunk_size, block, 
         (_, chunked), chunked_grads = value_and_gradient(*arrays, temperature, chunk_size=chunk_size)
         chex.assert_trees_all_close(chunked, dense, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(chunked_grads, dense_grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [2048, 4, 1])
+def test_a_divided_vocabulary_has_the_statistics_of_a_whole_one(block, monkeypatch):
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", block)
+    value_and_gradient.clear_cache()
+    hidden, kernel, tokens, cotangents = inputs((2,), vocab=12)
+    (_, dense), dense_grads = value_and_gradient(hidden, kernel, tokens, cotangents, 0.7)
+    with jax.set_mesh(make_mesh(tensor=2)):
+        divided = jax.device_put(kernel, jax.sharding.PartitionSpec(None, "tensor"))
+        (_, chunked), chunked_grads = value_and_gradient(hidden, divided, tokens, cotangents, 0.7, chunk_size=3)
+    chex.assert_trees_all_close(chunked, dense, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(chunked_grads, dense_grads, rtol=1e-5, atol=1e-5)
+
+
+def test_tokens_out_of_range_score_as_in_the_dense_form():
+    hidden, kernel, _, _ = inputs((2,))
+    tokens = jnp.array([[0, 10, 11, -1, -11, -12, 300]] * 2)
+    chunked = jax.jit(chunked_token_statistics)(hidden, kernel, tokens).log_probs
+    close(chunked, jax.jit(token_log_probs)(hidden @ kernel, tokens), atol=1e-6)
+    assert np.isnan(np.asarray(chunked[0])).tolist() == [False, False, True, False, False, True, True]
 
 
 def every_jaxpr(jaxpr):

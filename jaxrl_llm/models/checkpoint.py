@@ -16,7 +16,7 @@ from flax import traverse_util
 from jaxrl_llm.types import Params
 
 EMBEDDING = "token_embedding/embedding"
-RUN_SETTINGS = ("dtype", "remat", "remat_policy", "attention")
+RUN_SETTINGS = ("dtype", "remat", "attention")
 """How to run a model, not what it is: config.json does not hold these fields."""
 
 

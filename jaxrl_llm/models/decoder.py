@@ -5,7 +5,7 @@ here, once, so that nothing outside this package need know which architecture it
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -16,13 +16,6 @@ from jaxrl_llm.models import attention
 from jaxrl_llm.models.attention import LayerInputs, Rotation
 from jaxrl_llm.models.lora import Adapted, LoraModule
 from jaxrl_llm.types import ROW_AXES, Key, KVCache, Numeric, Params
-
-RematPolicy: TypeAlias = Literal["nothing", "dots"]
-REMAT_POLICIES: dict[RematPolicy, Any] = {
-    "nothing": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-"""What a recomputed block keeps: its inputs alone, or the results of matrix products with parameters too."""
 
 
 @runtime_checkable  # so that the tests can check annotations
@@ -82,11 +75,6 @@ class DecoderConfig(Protocol):
     @property
     def remat(self) -> bool:
         """Whether to recompute each block in the backward pass."""
-        ...
-
-    @property
-    def remat_policy(self) -> RematPolicy:
-        """What is kept all the same, one of `REMAT_POLICIES`."""
         ...
 
     def with_dropout(self, rate: float) -> "DecoderConfig":
@@ -300,11 +288,14 @@ def _empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
 
 
 def _stack(block: type[nn.Module], config: DecoderConfig, deterministic: bool) -> nn.Module:
-    """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis."""
-    if config.remat_policy not in REMAT_POLICIES:
-        raise ValueError(f"remat_policy must be one of {tuple(REMAT_POLICIES)}, got {config.remat_policy!r}.")
+    """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis.
+
+    The backward pass always computes again what is cheap, and so keeps the results of products with parameters only: to
+    write and read all the rest takes longer. With `remat` it keeps the inputs of the blocks alone.
+    """
+    kept = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     scanned = nn.scan(
-        nn.remat(block, prevent_cse=False, policy=REMAT_POLICIES[config.remat_policy]) if config.remat else block,
+        nn.remat(block, prevent_cse=False, policy=kept),
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType]: flax takes a tuple too

@@ -8,7 +8,6 @@ from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import Implementation, check_implementation
-from jaxrl_llm.models.decoder import RematPolicy
 
 Size: TypeAlias = Literal["124M", "355M", "774M", "1.5B"]
 
@@ -43,8 +42,8 @@ class GPT2Config:
         eos_token_id: As `bos_token_id`; may be several.
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
-        remat: Whether to recompute each block in the backward pass instead of keeping its activations.
-        remat_policy: What `remat` keeps all the same: "nothing", or "dots", the results of matrix products with parameters.
+        remat: Whether to recompute each block whole in the backward pass. Else the results of products with parameters are
+            kept, and what is cheap is recomputed.
         attention: "xla", "cudnn" (fused; needs an NVIDIA GPU, a 16-bit `dtype`, a head width that is a multiple of 8,
             and even lengths under a mask), or None for jax's own choice (today XLA). Passes with a cache, and those
             with attention dropout, never use cuDNN.
@@ -68,7 +67,6 @@ class GPT2Config:
     pad_token_id: int | None = None
     dtype: DTypeLike = "float32"
     remat: bool = False
-    remat_policy: RematPolicy = "nothing"
     attention: Implementation | None = None
 
     def __post_init__(self):

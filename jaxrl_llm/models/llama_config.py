@@ -9,7 +9,6 @@ from jaxtyping import DTypeLike
 
 from jaxrl_llm.models.activations import ACTIVATIONS
 from jaxrl_llm.models.attention import Implementation, check_implementation
-from jaxrl_llm.models.decoder import RematPolicy
 
 ModelType: TypeAlias = Literal["llama", "mistral", "qwen2", "qwen3"]
 
@@ -58,8 +57,8 @@ class LlamaConfig:
         eos_token_id: As `bos_token_id`; may be several.
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
-        remat: Whether to recompute each block in the backward pass instead of keeping its activations.
-        remat_policy: What `remat` keeps all the same: "nothing", or "dots", the results of matrix products with parameters.
+        remat: Whether to recompute each block whole in the backward pass. Else the results of products with parameters are
+            kept, and what is cheap is recomputed.
         attention: As in `GPT2Config`.
     """
 
@@ -86,7 +85,6 @@ class LlamaConfig:
     pad_token_id: int | None = None
     dtype: DTypeLike = "float32"
     remat: bool = False
-    remat_policy: RematPolicy = "nothing"
     attention: Implementation | None = None
 
     def __post_init__(self):

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import optax
 
 from jaxrl_llm.models import LoraConfig
-from jaxrl_llm.models.decoder import RematPolicy
 from jaxrl_llm.models.quantization import QuantType
 from jaxrl_llm.optimizers import make_optimizer, make_schedule
 from jaxrl_llm.optimizers.first_order import WITHOUT_MOMENTUM, OptimizerName, ScheduleName, StateType
@@ -165,9 +164,7 @@ class ModelOptions(LoraOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; what is trained stays float32, what adapters leave alone is held so. (float16 needs loss scaling.)"""
     remat: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-    remat_policy: RematPolicy = "nothing"
-    """What remat keeps all the same: nothing, or dots, the results of matrix products with parameters."""
+    """Recompute whole blocks in the backward pass, not only what is cheap: less memory, a third more time."""
     chunk_size: int = 128
     """Positions along time whose logits exist at once."""
     mesh: str = ""
@@ -182,10 +179,6 @@ class ModelOptions(LoraOptions):
         require_at_least(1, **sizes)
         require("initializer_range", self.initializer_range, "positive", lambda std: std > 0)
         require("dropout", self.dropout, "in [0, 1)", lambda rate: 0 <= rate < 1)
-        meant = "nothing or (with remat) dots"
-        require(
-            "remat_policy", self.remat_policy, meant, lambda name: name == "nothing" or (name == "dots" and self.remat)
-        )
 
     @property
     def drops_out(self) -> bool:

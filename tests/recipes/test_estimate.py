@@ -79,8 +79,8 @@ def test_the_peak_grows_with_rows_and_tokens_and_shrinks_with_parts():
 
 
 def test_a_run_on_completions_needs_keys_and_values_and_the_reference_of_its_kl():
-    found = need(recipe="grpo")
-    layers, rows, slots, width = 1, 4, 4 + 8 - 1, 16
+    found = need(recipe="grpo", n_layer=16)
+    layers, rows, slots, width = 16, 4, 4 + 8 - 1, 16
     assert found.kv_cache == 2 * layers * rows * slots * width * 4
     assert found.reference == 0
     assert found.program == "update"

@@ -82,7 +82,7 @@ def _value_module(model: LanguageModel, value_model: str) -> tuple[ScalarHead, P
     if not value_model:
         return ScalarHead(model.module), None
     config = model.module.config
-    settings = {name: getattr(config, name) for name in ("dtype", "remat", "remat_policy")}
+    settings = {name: getattr(config, name) for name in ("dtype", "remat")}
     module, params, tokenizer = from_pretrained_reward_model(value_model, **settings)
     if tokenizer is None or not same_tokens(tokenizer, model.tokenizer):
         raise ValueError(f"value_model={value_model!r} has other tokens than the policy, or holds no tokenizer.")

@@ -198,7 +198,7 @@ def _configured(module: Decoder, options: ModelOptions) -> Decoder:
 
 def run_settings(options: ModelOptions) -> dict[str, Any]:
     """Lists the fields of a model's config that say how it is run."""
-    return {"dtype": jnp.dtype(options.dtype), "remat": options.remat, "remat_policy": options.remat_policy}
+    return {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
 
 
 def with_adapters(model: LanguageModel, options: ModelOptions, key: Key) -> LanguageModel:
