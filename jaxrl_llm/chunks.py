@@ -15,8 +15,8 @@ def map_time_chunks(
 ) -> T:
     """Applies a function to chunks of positions, one after the other, and joins the results along time.
 
-    Every chunk is computed again in the backward pass, so that what the function builds inside exists for `chunk_size`
-    positions only, forward and backward.
+    Every chunk is computed again in the backward pass (unless `recompute` is False), so that what the function builds inside
+    exists for `chunk_size` positions only, forward and backward.
 
     Args:
         function: `function(*chunks)`: arrays with `chunk_size` positions along `axis` in, a pytree of such arrays out.

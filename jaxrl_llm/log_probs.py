@@ -117,9 +117,10 @@ def chunked_token_statistics(
     """Computes `token_statistics(hidden @ kernel, tokens)` a few positions at a time.
 
     Logits exist for `chunk_size` positions of each row and `VOCABULARY_BLOCK` tokens of the vocabulary only, in the forward
-    and (recomputed) in the backward pass: peak memory is batch × chunk_size × block, whatever the length and the
-    vocabulary. Values and gradients equal the dense form. Blocks of logits that lie in a processor's cache are also faster
-    there than all logits at once.
+    and (recomputed) in the backward pass; what stays between the two is a few numbers for each position and block. The
+    backward pass holds one gradient of the kernel more than the one it returns, if there are several chunks; where the
+    axis `tensor` of a mesh divides the vocabulary, a copy of the kernel. Values and gradients equal the dense form. Blocks
+    of logits that lie in a processor's cache are also faster there than all logits at once.
 
     Args:
         hidden: Last hidden states; `hidden[..., t, :]` predicts `tokens[..., t]`.
@@ -136,13 +137,14 @@ def chunked_token_statistics(
     size = -(-vocab // num_blocks)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     mesh = jax.sharding.get_abstract_mesh()
-    divided = not mesh.empty and mesh.shape.get(MESH_AXES[2], 1) > 1
-    if divided:  # a block is every num_blocks-th token, so that each device has a part of each block
+    parts = 1 if mesh.empty else mesh.shape.get(MESH_AXES[2], 1)
+    if parts > 1:  # a block is every num_blocks-th token, so that each device has an equal part of each block
+        size = -(-size // parts) * parts
         rows = jnp.pad(kernel.T, ((0, num_blocks * size - vocab), (0, 0)))
         rows = jnp.moveaxis(rows.reshape(size, num_blocks, -1), 1, 0)
 
     def block_of(number: Array) -> tuple[Array, _Block]:
-        if divided:
+        if parts > 1:
             return rows[number].T, _Block(number, num_blocks, jnp.zeros_like(number), size, vocab)
         lowest = number * size
         first = jnp.minimum(lowest, vocab - size)  # the last block reaches back over tokens of another
@@ -153,11 +155,10 @@ def chunked_token_statistics(
         def score_block(number: Array) -> _BlockStatistics:
             part, block = block_of(number)
             logits = jnp.matmul(hidden, part.astype(hidden.dtype), preferred_element_type=dtype) / temperature
-            return _block_statistics(logits, tokens, block)
+            return _block_statistics(logits, jnp.where(tokens < 0, tokens + vocab, tokens), block)
 
         return _join_blocks(jax.lax.map(score_block, jnp.arange(num_blocks)), tokens)
 
-    tokens = jnp.where(tokens < 0, tokens + vocab, tokens)
     return map_time_chunks(score, hidden, tokens, axis=tokens.ndim - 1, chunk_size=chunk_size, recompute=False)
 
 

@@ -290,8 +290,8 @@ def _empty_cache(config: DecoderConfig, batch: int, slots: int) -> KVCache:
 def _stack(block: type[nn.Module], config: DecoderConfig, deterministic: bool) -> nn.Module:
     """Stacks the blocks: one compiled block, scanned over parameters with a leading layer axis.
 
-    The backward pass always computes again what is cheap, and so keeps the results of products with parameters only: to
-    write and read all the rest takes longer. With `remat` it keeps the inputs of the blocks alone.
+    The backward pass always computes again all but the products with parameters, whose results it keeps: to write and read
+    the rest (attention weights among it) takes longer. With `remat` it keeps the inputs of the blocks alone.
     """
     kept = None if config.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     scanned = nn.scan(

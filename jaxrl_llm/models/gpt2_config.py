@@ -43,7 +43,7 @@ class GPT2Config:
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
         remat: Whether to recompute each block whole in the backward pass. Else the results of products with parameters are
-            kept, and what is cheap is recomputed.
+            kept, and the rest is recomputed, attention too.
         attention: "xla", "cudnn" (fused; needs an NVIDIA GPU, a 16-bit `dtype`, a head width that is a multiple of 8,
             and even lengths under a mask), or None for jax's own choice (today XLA). Passes with a cache, and those
             with attention dropout, never use cuDNN.

@@ -58,7 +58,7 @@ class LlamaConfig:
         pad_token_id: As `bos_token_id`.
         dtype: Type of the computation, a name or a jax dtype; parameters, softmax and logits stay in float32.
         remat: Whether to recompute each block whole in the backward pass. Else the results of products with parameters are
-            kept, and what is cheap is recomputed.
+            kept, and the rest is recomputed, attention too.
         attention: As in `GPT2Config`.
     """
 

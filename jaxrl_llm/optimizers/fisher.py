@@ -117,7 +117,8 @@ def fisher_vector_product(
 
     $J$ is the Jacobian of the outputs and $M$ the Fisher of the distribution in its outputs. At the parameters where the
     KL is zero, $F$ is its Hessian; this form needs no second derivatives, and is positive semidefinite whatever the rounding.
-    The forward pass is run once and its activations are kept, as a gradient keeps them: a model with `remat` keeps fewer.
+    The forward pass is run once and its activations are kept, as a gradient keeps them; what a gradient would compute again
+    (in a decoder all but products with parameters, with `remat` whole blocks), each product does.
 
     Args:
         distribution_fn: `distribution_fn(params) -> outputs`.

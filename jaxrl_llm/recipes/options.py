@@ -164,7 +164,7 @@ class ModelOptions(LoraOptions):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type to compute in; what is trained stays float32, what adapters leave alone is held so. (float16 needs loss scaling.)"""
     remat: bool = False
-    """Recompute whole blocks in the backward pass, not only what is cheap: less memory, a third more time."""
+    """Recompute whole blocks in the backward pass, products with parameters too: less memory, a third more time."""
     chunk_size: int = 128
     """Positions along time whose logits exist at once."""
     mesh: str = ""

@@ -135,7 +135,9 @@ def plain_step():
 
 def test_recomputing_activations_takes_memory_for_one_layer_and_not_for_all(plain_step):
     _, recomputed = step_of_sft(remat=True)
-    assert recomputed.temp_size_in_bytes < 0.5 * plain_step[1].temp_size_in_bytes  # which keeps results of products alone
+    assert (
+        recomputed.temp_size_in_bytes < 0.5 * plain_step[1].temp_size_in_bytes
+    )  # which keeps results of products alone
 
 
 def test_a_batch_in_parts_takes_memory_for_one_part(plain_step):
