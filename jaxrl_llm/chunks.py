@@ -48,10 +48,7 @@ def map_time_chunks(
         x = x.reshape(*x.shape[:axis], num_chunks * chunk_size, *x.shape[axis + 2 :])
         return jax.lax.slice_in_dim(x, 0, time, axis=axis)
 
-    def of_chunk(chunks: tuple[Array, ...]) -> T:
-        return function(*chunks)
-
-    function_of_chunk = jax.checkpoint(of_chunk) if recompute else of_chunk
+    of_chunk = jax.checkpoint(function) if recompute else function
     if num_chunks == 1:
-        return function_of_chunk(arrays)
-    return jax.tree.map(join, jax.lax.map(function_of_chunk, tuple(map(split, arrays))))
+        return of_chunk(*arrays)
+    return jax.tree.map(join, jax.lax.map(lambda chunks: of_chunk(*chunks), tuple(map(split, arrays))))

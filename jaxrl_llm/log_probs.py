@@ -204,8 +204,8 @@ def _block_statistics(logits: Array, tokens: Array, block: _Block) -> _BlockStat
     ids = jnp.expand_dims(ids, range(tokens.ndim))
     logits = jnp.where((ids >= block.lowest) & (ids < block.vocab), logits, -jnp.inf)
     place = (tokens - block.first) // block.stride
-    has_token = (tokens >= block.lowest) & (tokens < block.vocab) & (tokens == block.first + block.stride * place)
-    has_token &= (place >= 0) & (place < block.size)
+    has_token = (tokens >= block.lowest) & (tokens < block.vocab) & (place < block.size)
+    has_token &= tokens == block.first + block.stride * place
     taken = _take(logits, jnp.where(has_token, place, 0))
     largest = jax.lax.stop_gradient(logits.max(-1))
     base = jnp.maximum(largest, jnp.finfo(logits.dtype).min)  # a block may have no possible token

@@ -203,7 +203,7 @@ def test_a_divided_vocabulary_has_the_statistics_of_a_whole_one(block, monkeypat
     chex.assert_trees_all_close(chunked_grads, dense_grads, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("vocab", "parts"), [(96 * 4 + 4, 4), (50 * 2 + 2, 2), (128, 8)])
+@pytest.mark.parametrize(("vocab", "parts"), [(388, 4), (98, 2), (128, 8)])
 def test_each_device_scores_its_part_of_a_divided_vocabulary(vocab, parts, monkeypatch):
     monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", 30)
     with jax.set_mesh(make_mesh(tensor=parts)):
@@ -211,6 +211,20 @@ def test_each_device_scores_its_part_of_a_divided_vocabulary(vocab, parts, monke
         arrays = jnp.zeros((2, 7, 5)), kernel, jnp.zeros((2, 7), int)
         text = jax.jit(lambda *arrays: chunked_token_statistics(*arrays).log_probs).lower(*arrays).compile().as_text()
     assert not [shape for shape in re.findall(r"= f32\[([\d,]+)\]\S* all-gather\(", text) if "5" in shape.split(",")]
+
+
+def test_blocks_have_the_forward_and_second_derivatives_of_the_dense_form(monkeypatch):
+    monkeypatch.setattr(log_probs, "VOCABULARY_BLOCK", 4)
+    hidden, kernel, tokens, _ = map(jnp.asarray, inputs((2,)))
+    tangent = np.random.default_rng(1).normal(size=hidden.shape).astype(np.float32)
+
+    def derivatives(score):
+        forward = jax.jvp(score, (hidden,), (tangent,))[1]
+        return forward, jax.jvp(jax.grad(lambda hidden: score(hidden).sum()), (hidden,), (tangent,))[1]
+
+    dense = jax.jit(lambda: derivatives(lambda hidden: token_log_probs(hidden @ kernel, tokens)))()
+    blocks = jax.jit(lambda: derivatives(lambda hidden: chunked_token_statistics(hidden, kernel, tokens).log_probs))()
+    chex.assert_trees_all_close(blocks, dense, rtol=1e-5, atol=1e-5)
 
 
 def test_tokens_out_of_range_score_as_in_the_dense_form():
